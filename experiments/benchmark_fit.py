@@ -1,0 +1,272 @@
+"""One step of a fit: the plain loop of a TransformerLens user against the engine, in one run.
+
+    python experiments/benchmark_fit.py            # tables
+    python experiments/benchmark_fit.py --json     # one row a line
+
+A step is one loss and gradient of one problem: N examples, Delta at one layer. All methods are
+first checked to give the same loss and gradient, then timed in alternation. `matmul_share` is
+the time of a step's matrix products alone (the same shapes, timed in the same run) over the
+time of the step. Peak memory is what a step adds to the loaded models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tl_laai.engine import Engine
+from tl_laai.models import load_model
+from tl_laai.prefix import freeze
+from tl_laai.prompts import TokenisedExample, tokenise
+from tl_laai.tasks import Task
+
+MODEL = "gemma-3-270m"
+TASK = "country-capital"
+LAYER = 9
+N = 10
+SHOTS = {"zero-shot": 0, "10-shot": 10}
+ROUNDS = 5
+OUT = Path(__file__).parent.parent / "figures" / "benchmark_fit.jsonl"
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "addmm_", "baddbmm", "linear")
+
+
+@dataclass
+class Method:
+    """One way to take a step; `step` returns the first problem's loss and gradient."""
+
+    name: str
+    backend: str
+    n_problems: int
+    step: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    seconds: list[float] = field(default_factory=list)
+
+
+def plain_step(
+    model: Any, examples: tuple[TokenisedExample, ...], delta: torch.Tensor
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """`run_with_hooks` over whole prompts, right-padded (harmless under a causal mask)."""
+    rows = [[*e.prompt, *e.answer[:-1]] for e in examples]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    ends = torch.tensor([len(e.prompt) - 1 for e in examples])
+    batch = torch.arange(len(rows))
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = delta.clone().requires_grad_()
+
+        def add(z: torch.Tensor, hook: Any) -> torch.Tensor:
+            z = z.clone()
+            z[batch, ends] = z[batch, ends] + leaf
+            return z
+
+        hooks = [(f"blocks.{LAYER}.attn.hook_z", add)]
+        logits = model.run_with_hooks(
+            tokens, fwd_hooks=hooks, attention_mask=torch.ones_like(tokens), return_type="logits"
+        )
+        losses = []
+        for i, example in enumerate(examples):
+            answer = torch.tensor(example.answer)
+            at = logits[i, ends[i] : ends[i] + len(answer)]
+            losses.append(torch.nn.functional.cross_entropy(at, answer))
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    return step
+
+
+def engine_step(
+    model: Any, examples: tuple[TokenisedExample, ...], delta: torch.Tensor, n_problems: int
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    engine = Engine(
+        freeze(model, examples), layers=[LAYER] * n_problems, rows=[range(N)] * n_problems
+    )
+    deltas = torch.stack([delta * (1 + i) / (1 + i) for i in range(n_problems)])
+    problems = torch.arange(n_problems)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        loss, gradient = engine.value_and_grad(deltas, problems)
+        return loss[0], gradient[0]
+
+    return step
+
+
+class RecordProducts(TorchDispatchMode):
+    """Notes the shapes and layouts of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in MATRIX_PRODUCTS:
+            pair = [a for a in args if isinstance(a, torch.Tensor)][-2:]
+            self.calls[tuple((tuple(t.shape), tuple(t.stride())) for t in pair)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def product_seconds(step: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds and floating-point operations of a step's matrix products alone."""
+    with RecordProducts() as record:
+        step()
+    seconds, operations = 0.0, 0.0
+    for ((left, left_stride), (right, right_stride)), count in record.calls.items():
+        a = torch.empty_strided(left, left_stride).uniform_()
+        b = torch.empty_strided(right, right_stride).uniform_()
+        out = a @ b
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.matmul(a, b, out=out)
+            times.append(time.perf_counter() - start)
+        seconds += count * min(times)
+        operations += count * 2.0 * a.numel() * b.shape[-1]
+    return seconds, operations
+
+
+def peak_megabytes(step: Callable[[], Any]) -> float:
+    """Largest growth of resident memory while a step runs, sampled every 2 ms."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return float("nan")
+    resident = lambda: int(statm.read_text().split()[1]) * page  # noqa: E731
+    gc.collect()
+    start, highest, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step()
+    done.set()
+    watcher.join()
+    return max(0, highest - start) / 2**20
+
+
+def as_transformer_lens_loads(backend: str) -> Any:
+    """The model as TransformerLens itself loads it: no memory layout of ours."""
+    from tl_laai.checkpoints import find_source
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = find_source(MODEL)
+    hf = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.location)
+    if backend == "hooked":
+        from transformer_lens import HookedTransformer
+
+        model: Any = HookedTransformer.from_pretrained(
+            source.official_name, hf_model=hf, tokenizer=tokenizer, device="cpu"
+        )
+    else:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        model = TransformerBridge.boot_transformers(
+            str(source.location), hf_model=hf, tokenizer=tokenizer, device="cpu"
+        )
+    return model.requires_grad_(False)
+
+
+def benchmark(rounds: int) -> list[dict[str, Any]]:
+    plain = {b: as_transformer_lens_loads(b) for b in ("hooked", "bridge")}
+    ours = {b: load_model(MODEL, backend=b, device="cpu") for b in ("hooked", "bridge")}
+    split = Task.load(TASK).split(train=N, validation=10, seed=0)
+    rows = []
+    for prompts, shots in SHOTS.items():
+        examples = tokenise(
+            ours["bridge"], split.train, demonstrations=split.validation[:shots]
+        )
+        torch.manual_seed(0)
+        delta = torch.randn(ours["bridge"].cfg.n_heads, ours["bridge"].cfg.d_head)
+        methods = [
+            Method(f"plain-{b}", b, 1, plain_step(plain[b], examples, delta)) for b in plain
+        ]
+        for backend, model in ours.items():
+            for n in (1, 16):
+                step = engine_step(model, examples, delta, n)
+                methods.append(Method(f"engine-{n}", backend, n, step))
+        loss, gradient = methods[1].step()
+        for method in methods:
+            other_loss, other = method.step()
+            off = float((other - gradient).norm() / gradient.norm())
+            if not (abs(float(other_loss - loss)) < 1e-4 * float(loss) and off < 1e-3):
+                sys.exit(f"{method.name} on {method.backend}: gradient off by {off:.1e}")
+        for _ in range(rounds):
+            for method in methods:
+                start = time.perf_counter()
+                method.step()
+                method.seconds.append((time.perf_counter() - start) / method.n_problems)
+        reference = {
+            m.backend: statistics.median(m.seconds) for m in methods if m.name.startswith("plain")
+        }
+        n_tokens = statistics.mean(len(e.prompt) for e in examples)
+        for method in methods:
+            seconds = statistics.median(method.seconds)
+            products, operations = product_seconds(method.step)
+            rows.append(
+                {
+                    "kind": "benchmark_fit",
+                    "prompts": prompts,
+                    "method": method.name,
+                    "backend": method.backend,
+                    "n_problems": method.n_problems,
+                    "mean_prompt_tokens": n_tokens,
+                    "seconds_per_problem_step": seconds,
+                    "speedup_over_plain_hooked": reference["hooked"] / seconds,
+                    "speedup_over_plain_bridge": reference["bridge"] / seconds,
+                    "matmul_share": products / (seconds * method.n_problems),
+                    "gflops": operations / (seconds * method.n_problems) / 1e9,
+                    "matmul_gflops": operations / products / 1e9,
+                    "peak_mb": peak_megabytes(method.step),
+                    "threads": torch.get_num_threads(),
+                    "model": MODEL,
+                    "layer": LAYER,
+                    "n_examples": N,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one row a line")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed steps of each method")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the rows go")
+    arguments = parser.parse_args()
+    rows = benchmark(arguments.rounds)
+    lines = [json.dumps(row) for row in rows]
+    arguments.out.write_text("\n".join(lines) + "\n")
+    if arguments.json:
+        print("\n".join(lines))
+        return
+    print("| prompts | method | backend | s a problem-step | over plain hooked | over plain bridge "
+          "| matmul share | GFLOP/s | peak MB |\n|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        print(
+            f"| {r['prompts']} | {r['method']} | {r['backend']} "
+            f"| {r['seconds_per_problem_step']:.3f} | {r['speedup_over_plain_hooked']:.1f}x "
+            f"| {r['speedup_over_plain_bridge']:.1f}x | {r['matmul_share']:.0%} "
+            f"| {r['gflops']:.0f} of {r['matmul_gflops']:.0f} | {r['peak_mb']:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

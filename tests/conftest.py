@@ -1,0 +1,77 @@
+"""Fixtures for all tests: tiny random models by backend and family, and the real packaged Gemma.
+
+No test may need a network, so the Hub is switched off before anything imports its library.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+BACKENDS = ("hooked", "bridge")
+BUILT_IN_MODEL = "gemma-3-270m"
+
+needs_hooked = pytest.mark.skipif(
+    not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer"
+)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_for_every_test() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(params=[pytest.param("hooked", marks=needs_hooked), "bridge"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that this TransformerLens has."""
+    return str(request.param)
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family of tiny models."""
+    return str(request.param)
+
+
+@pytest.fixture
+def any_tiny_model(backend: str, family: str) -> Any:
+    """A tiny float64 model, new for every test, of each family on each backend."""
+    return tiny.tiny_model(backend, family)
+
+
+def _load_gemma(backend: str) -> Any:
+    from tl_laai.models import BUILT_IN, load_model
+
+    if not BUILT_IN[BUILT_IN_MODEL].installed:
+        pytest.skip(f"{BUILT_IN[BUILT_IN_MODEL].package} is not installed")
+    return load_model(BUILT_IN_MODEL, backend=backend, device="cpu")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def gemma_hooked() -> Any:
+    """The packaged Gemma 3 270M as a HookedTransformer in float32; shared, so leave it as it is."""
+    if not tiny.HAS_HOOKED:
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    return _load_gemma("hooked")
+
+
+@pytest.fixture(scope="session")
+def gemma_bridge() -> Any:
+    """The packaged Gemma 3 270M as a TransformerBridge in float32; shared, so leave it as it is."""
+    return _load_gemma("bridge")
+
+
+@pytest.fixture
+def gemma(backend: str, request: pytest.FixtureRequest) -> Any:
+    """The packaged Gemma 3 270M on each backend in turn."""
+    return request.getfixturevalue(f"gemma_{backend}")

@@ -1,0 +1,175 @@
+"""Slow twins of the engine: plain `run_with_hooks` over the whole prompt, one example at a time.
+
+No cache, no padding, no batch, no shared prefix: each function reads like the definition of what
+it computes. Losses are reduced in float64, because torch's own float32 log-softmax over a large
+vocabulary is off by 1e-5.
+
+Example:
+    loss, gradient = loss_and_gradient(model, examples, 9, delta, "prompt_end")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_laai.prompts import TokenisedExample
+
+NO_DELTAS: Mapping[int, Tensor] = {}
+NO_SCALES: Mapping[int, Tensor] = {}
+
+
+def logits_under_edits(
+    model: Any,
+    tokens: Sequence[int],
+    prompt_length: int,
+    deltas: Mapping[int, Tensor] = NO_DELTAS,
+    position: str = "prompt_end",
+    scales: Mapping[int, Tensor] = NO_SCALES,
+) -> Tensor:
+    """Logits `[pos, d_vocab]` of one sequence; `z` becomes `scale * z + delta` where edited."""
+
+    def edited(index: int) -> bool:
+        last = index == prompt_length - 1
+        return last or (position == "every_step" and index >= prompt_length)
+
+    def hook_of(layer: int) -> Callable[..., Tensor]:
+        def hook_z(z: Tensor, hook: Any) -> Tensor:
+            columns = []
+            for index in range(z.shape[1]):
+                column = z[:, index]
+                if edited(index):
+                    if layer in scales:
+                        column = column * scales[layer].to(z)[None, :, None]
+                    if layer in deltas:
+                        column = column + deltas[layer].to(z)[None]
+                columns.append(column)
+            return torch.stack(columns, dim=1)
+
+        return hook_z
+
+    device = next(model.parameters()).device
+    hooks = [(f"blocks.{at}.attn.hook_z", hook_of(at)) for at in {*deltas, *scales}]
+    logits: Tensor = model.run_with_hooks(
+        torch.tensor([list(tokens)], device=device), return_type="logits", fwd_hooks=hooks
+    )
+    return logits[0]
+
+
+def log_probabilities(
+    model: Any,
+    example: TokenisedExample,
+    deltas: Mapping[int, Tensor] = NO_DELTAS,
+    position: str = "prompt_end",
+    scales: Mapping[int, Tensor] = NO_SCALES,
+) -> Tensor:
+    """Log-probability of each answer token given those before it, `[n_answer_tokens]`."""
+    tokens = [*example.prompt, *example.answer]
+    length = len(example.prompt)
+    logits = logits_under_edits(model, tokens, length, deltas, position, scales)
+    steps = [
+        logits[length - 1 + i].double().log_softmax(dim=-1)[token]
+        for i, token in enumerate(example.answer)
+    ]
+    return torch.stack(steps)
+
+
+def loss(
+    model: Any,
+    examples: Sequence[TokenisedExample],
+    deltas: Mapping[int, Tensor] = NO_DELTAS,
+    position: str = "prompt_end",
+) -> Tensor:
+    """Teacher-forced cross-entropy: mean over an answer's tokens, then over examples."""
+    losses = [-log_probabilities(model, e, deltas, position).mean() for e in examples]
+    return torch.stack(losses).mean()
+
+
+def loss_and_gradient(
+    model: Any,
+    examples: Sequence[TokenisedExample],
+    layer: int,
+    delta: Tensor,
+    position: str = "prompt_end",
+) -> tuple[float, Tensor]:
+    """The loss and, by autograd through the whole model, its gradient `[n_heads, d_head]`."""
+    leaf = delta.detach().clone().requires_grad_()
+    value = loss(model, examples, {layer: leaf}, position)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.item(), gradient
+
+
+def greedy_continuation(
+    model: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    ends: Callable[[int], bool],
+    deltas: Mapping[int, Tensor] = NO_DELTAS,
+    position: str = "prompt_end",
+    scales: Mapping[int, Tensor] = NO_SCALES,
+) -> tuple[int, ...]:
+    """Most probable tokens, the whole sequence afresh at each step, up to one that ends it."""
+    written: list[int] = []
+    with torch.no_grad():
+        while len(written) < max_new_tokens:
+            logits = logits_under_edits(
+                model, [*prompt, *written], len(prompt), deltas, position, scales
+            )
+            token = int(logits[-1].argmax())
+            if ends(token):
+                break
+            written.append(token)
+    return tuple(written)
+
+
+def random_examples(
+    lengths: Sequence[tuple[int, int]], *, seed: int = 0, shared: int = 0
+) -> tuple[TokenisedExample, ...]:
+    """Examples of random tokens with given (prompt, answer) lengths; the first `shared` agree."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 259, (count,), generator=generator).tolist())
+
+    common = draw(shared)
+    return tuple(
+        TokenisedExample((*common, *draw(prompt - shared)), draw(answer), f"in {i}", f"out {i}")
+        for i, (prompt, answer) in enumerate(lengths)
+    )
+
+
+def random_delta(model: Any, *, seed: int = 0, scale: float = 0.5) -> Tensor:
+    """A random float64 delta of the model's shape, large enough to change what it says."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (model.cfg.n_heads, model.cfg.d_head)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """`||got - expected|| / ||expected||` in float64."""
+    wide = expected.detach().double()
+    return float((got.detach().double() - wide).norm() / wide.norm())
+
+
+def run_once(model: Any) -> Any:
+    """The model after one forward of its own: a bridge wires hooks of its own in its first."""
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5]], device=next(model.parameters()).device))
+    return model
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """All that working with a model could leave behind in it."""
+    modules = list(model.modules())
+    return {
+        "forward": [id(m) for m in modules if "forward" in vars(m)],
+        "torch_hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
+        "hooks": {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()},
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grad": [p.grad is None for p in model.parameters()],
+        "training": [m.training for m in modules],
+        "grad_mode": torch.is_grad_enabled(),
+    }

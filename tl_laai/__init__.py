@@ -1,0 +1,63 @@
+"""Sparse additive activation interventions for TransformerLens models.
+
+The names below are loaded from their rooms on first use, so that ``import tl_laai`` (and the parts
+that need no model, such as ``laai --help``) stays fast and does not import torch.
+
+Example:
+    >>> from tl_laai import SparseGroupLasso, Task, fit, load_model  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_ROOM_OF = {
+    "Example": "tasks",
+    "Intervention": "interventions",
+    "PromptTemplate": "prompts",
+    "SparseGroupLasso": "penalties",
+    "Task": "tasks",
+    "evaluate": "evaluation",
+    "fingerprint": "models",
+    "fit": "fitting",
+    "load_model": "models",
+}
+
+__all__ = [
+    "Example",
+    "Intervention",
+    "PromptTemplate",
+    "SparseGroupLasso",
+    "Task",
+    "evaluate",
+    "fingerprint",
+    "fit",
+    "load_model",
+]
+
+if TYPE_CHECKING:
+    from tl_laai.evaluation import evaluate
+    from tl_laai.fitting import fit
+    from tl_laai.interventions import Intervention
+    from tl_laai.models import fingerprint, load_model
+    from tl_laai.penalties import SparseGroupLasso
+    from tl_laai.prompts import PromptTemplate
+    from tl_laai.tasks import Example, Task
+else:
+    # Hidden from type checkers, which would otherwise accept any misspelt name.
+    def __getattr__(name: str) -> object:
+        """Import a public name from its room the first time it is asked for."""
+        if name not in _ROOM_OF:
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}"
+            )
+        value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        """List the public names as well, though not all are loaded yet."""
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,480 @@
+"""Tells `HookedTransformer` from `TransformerBridge`: prefill, and blocks run on packed tokens.
+
+A backend keeps every piece of a block that belongs to the model (norms, MLP, residual wiring)
+as the model's own module and replaces one thing only: the attention pattern over positions.
+Tokens of many rows are packed into one axis `[n_tokens, d_model]`; the caller supplies the
+function that lets them attend. Everything else in a block acts on each token alone, so packing
+is exact and no padding token is ever computed.
+
+Limits: decoder-only models whose attention is softmax over (optionally soft-capped, windowed)
+dot products, with learnt or rotary positions. ALiBi, attention sinks, gated attention outputs,
+mixers and encoder-decoders are refused, by name or because the check against the model's own
+forward (`tl_laai.engine`) does not hold.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`(layer, q, k, v) -> z`, shapes `[n, n_heads | n_kv_heads, d_head]` -> `[n, n_heads, d_head]`."""
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """How one layer turns dot products into scores.
+
+    Attributes:
+        scale: factor on `q . k`.
+        softcap: scores become `softcap * tanh(scores / softcap)`; None for no cap.
+        window: a query sees keys at distances `0 .. window - 1`; None for all earlier positions.
+    """
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """The map from the last normalised residual to logits: `cap(hidden @ weight.T + bias)`.
+
+    Attributes:
+        weight: `[d_vocab, d_model]`, a view of the model's own memory.
+        bias: `[d_vocab]` or None when it is zero.
+        softcap: logits become `softcap * tanh(logits / softcap)`; None for no cap.
+    """
+
+    weight: Float[Tensor, "d_vocab d_model"]
+    bias: Float[Tensor, " d_vocab"] | None
+    softcap: float | None
+
+
+class _StopForward(Exception):  # noqa: N818  # not an error
+    """Leaves a model's forward once everything wanted has been captured."""
+
+
+class Backend(ABC):
+    """One model, seen as blocks over packed tokens.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; it is never changed.
+    """
+
+    def __init__(self, model: Any) -> None:
+        cfg = model.cfg
+        # Weakly: backends are cached by model, and must not keep it alive.
+        self._model = weakref.ref(model)
+        self.n_layers = int(cfg.n_layers)
+        self.n_heads = int(cfg.n_heads)
+        self.n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
+        self.d_head = int(cfg.d_head)
+        self.d_model = int(cfg.d_model)
+        self.n_ctx = int(cfg.n_ctx)
+        parameter = next(model.parameters())
+        self.dtype: torch.dtype = parameter.dtype
+        self.device: torch.device = parameter.device
+        self.verified_length = 0
+        for flag in ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"):
+            if getattr(cfg, flag, False):
+                raise ValueError(
+                    f"model.cfg.{flag} is True: the engine packs tokens and cannot split a block's "
+                    f"input by head. Set it to False (model.set_{flag}(False)) and fit again."
+                )
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self._model()
+
+    # What differs between the two classes -------------------------------------------------
+
+    @abstractmethod
+    def block(self, layer: int) -> nn.Module:
+        """The module called once per forward with the residual stream of `layer`."""
+
+    @abstractmethod
+    def attention(self, layer: int) -> nn.Module:
+        """The module inside that block which mixes positions."""
+
+    @abstractmethod
+    def rule(self, layer: int) -> AttentionRule:
+        """How `layer` scores queries against keys."""
+
+    @abstractmethod
+    def qkv(
+        self,
+        layer: int,
+        normalised: Float[Tensor, "n d_model"],
+        positions: Int[Tensor, " n"],
+        *,
+        with_query: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values with positions applied, `[n, heads, d_head]` each."""
+
+    @abstractmethod
+    def project_z(self, layer: int, z: Float[Tensor, "n n_heads d_head"]) -> Tensor:
+        """Output projection of `layer`, `[n, d_model]`."""
+
+    @abstractmethod
+    def call_block(self, layer: int, residual: Float[Tensor, "n d_model"]) -> Tensor:
+        """Run the block's own forward over packed tokens, `[n, d_model]`."""
+
+    @abstractmethod
+    def final_norm(self, residual: Float[Tensor, "n d_model"]) -> Tensor:
+        """The norm before the unembedding."""
+
+    @abstractmethod
+    def unembedding(self) -> Unembedding:
+        """The model's unembedding."""
+
+    @abstractmethod
+    def attention_output(self, out: Tensor) -> Any:
+        """What the block expects its attention module to return."""
+
+    def ensure_positions(self, length: int) -> None:
+        """Make position tables reach `length` (nothing to do where the model grows them)."""
+        return
+
+    # What both share ----------------------------------------------------------------------
+
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """The model's own logits by its own forward, without padding."""
+        with torch.no_grad():
+            return cast(
+                Tensor,
+                self.model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens)),
+            )
+
+    def capture(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        at_block: Callable[[int, Tensor], None],
+        at_attention: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """Run the model's own forward over unpadded tokens, up to the unembedding.
+
+        Args:
+            tokens: token ids `[batch, pos]`, all rows of the same length.
+            at_block: called with `(layer, residual before the block [batch, pos, d_model])`.
+            at_attention: called with `(layer, the attention's normalised input)`.
+
+        Returns:
+            The input of the unembedding, `[batch, pos, d_model]`; empty if `at_block` left early.
+        """
+        final: list[Tensor] = []
+        handles = []
+
+        def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            for key in ("query_input", "hidden_states"):
+                if key in kwargs:
+                    return cast(Tensor, kwargs[key])
+            return cast(Tensor, args[0])
+
+        def block_hook(layer: int) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.note_block_call(layer, args, kwargs)
+                at_block(layer, first_tensor(args, kwargs))
+
+            return hook
+
+        def attention_hook(layer: int) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                at_attention(layer, first_tensor(args, kwargs))
+
+            return hook
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            final.append(first_tensor(args, kwargs))
+            raise _StopForward
+
+        try:
+            for layer in range(self.n_layers):
+                for module, hook in (
+                    (self.block(layer), block_hook(layer)),
+                    (self.attention(layer), attention_hook(layer)),
+                ):
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(self.model.unembed.register_forward_pre_hook(stop, with_kwargs=True))
+            with torch.no_grad(), suppress(_StopForward):
+                self.logits(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return final[0] if final else torch.empty(0)
+
+    def note_block_call(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember what the model passes to a block (overridden where blocks need more)."""
+        return
+
+    def embed(
+        self, tokens: Int[Tensor, " n"], positions: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """The residual before block 0 of single tokens at given positions."""
+        rotary = getattr(self.model.cfg, "positional_embedding_type", None) == "rotary"
+        columns = torch.zeros_like(positions) if rotary else positions
+        grid = tokens.new_zeros((tokens.shape[0], int(columns.max()) + 1))
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        grid[rows, columns] = tokens
+        found: list[Tensor] = []
+
+        def at_block(_: int, residual: Tensor) -> None:
+            found.append(residual)
+            raise _StopForward
+
+        self.capture(grid, at_block=at_block, at_attention=lambda _, __: None)
+        return found[0][rows, columns]
+
+    @contextmanager
+    def attending(self, attend: Attend, positions: Sequence[Tensor]) -> Iterator[None]:
+        """Within the context, blocks attend through `attend` instead of their own pattern.
+
+        Args:
+            attend: lets packed queries see keys; returns z, with any edit already applied.
+            positions: one tensor `[n]` a layer: absolute positions of that layer's tokens.
+        """
+
+        def forward_of(layer: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                x = kwargs.get("query_input", kwargs.get("hidden_states"))
+                x = args[0] if x is None else x
+                q, k, v = self.qkv(layer, x[0], positions[layer])
+                out = self.project_z(layer, attend(layer, q, k, v))
+                return self.attention_output(out[None])
+
+            return forward
+
+        try:
+            for layer in range(self.n_layers):
+                self.attention(layer).__dict__["forward"] = forward_of(layer)
+            yield
+        finally:
+            for layer in range(self.n_layers):
+                self.attention(layer).__dict__.pop("forward", None)
+
+
+class HookedBackend(Backend):
+    """`HookedTransformer` (TransformerLens 3.x)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        cfg = model.cfg
+        kind = cfg.positional_embedding_type
+        if kind not in ("standard", "rotary"):
+            raise ValueError(
+                f"model.cfg.positional_embedding_type is {kind!r}: only 'standard' (learnt) and "
+                "'rotary' positions can be frozen exactly. Load another model."
+            )
+        for flag in ("use_attention_sinks", "use_dynamic_ntk_rope", "use_logn_attn"):
+            if getattr(cfg, flag, False):
+                raise ValueError(f"model.cfg.{flag} is True: not supported by the frozen prefix.")
+
+    def block(self, layer: int) -> nn.Module:
+        return cast(nn.Module, self.model.blocks[layer])
+
+    def attention(self, layer: int) -> nn.Module:
+        return cast(nn.Module, self.model.blocks[layer].attn)
+
+    def rule(self, layer: int) -> AttentionRule:
+        attn: Any = self.attention(layer)
+        softcap = float(self.model.cfg.attn_scores_soft_cap)
+        window = int(self.model.cfg.window_size) if attn.attn_type == "local" else None
+        return AttentionRule(1.0 / float(attn.attn_scale), softcap if softcap > 0 else None, window)
+
+    def qkv(
+        self, layer: int, normalised: Tensor, positions: Tensor, *, with_query: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn: Any = self.attention(layer)
+        x = normalised[None]
+        q, k, v = (t[0] for t in attn.calculate_qkv_matrices(x, x, x))
+        if self.model.cfg.positional_embedding_type == "rotary":
+            q, k = (self._rotate(attn, t, positions) for t in (q, k))
+        return q, k, v
+
+    def _rotate(self, attn: Any, x: Tensor, positions: Tensor) -> Tensor:
+        needed = int(positions.max()) + 1
+        if needed > attn.rotary_cos.shape[0]:
+            attn._extend_rotary_embeddings(min(self.n_ctx, max(needed, 2 * needed)))
+        cos, sin = (t[positions, None, :] for t in (attn.rotary_cos, attn.rotary_sin))
+        size = cos.shape[-1]
+        rotated = x[..., :size] * cos + attn.rotate_every_two(x[..., :size]) * sin
+        return torch.cat([rotated, x[..., size:]], dim=-1) if size < x.shape[-1] else rotated
+
+    def project_z(self, layer: int, z: Tensor) -> Tensor:
+        attn: Any = self.attention(layer)
+        weight = attn.W_O.reshape(-1, self.d_model)
+        return torch.addmm(attn.b_O, z.reshape(z.shape[0], -1).to(weight), weight)
+
+    def call_block(self, layer: int, residual: Tensor) -> Tensor:
+        return cast(Tensor, self.model.blocks[layer](residual[None])[0])
+
+    def final_norm(self, residual: Tensor) -> Tensor:
+        norm = getattr(self.model, "ln_final", None)
+        return residual if norm is None else cast(Tensor, norm(residual[None])[0])
+
+    def unembedding(self) -> Unembedding:
+        bias = self.model.unembed.b_U.detach()
+        softcap = float(self.model.cfg.output_logits_soft_cap)
+        return Unembedding(
+            self.model.unembed.W_U.detach().T,
+            bias if bool(bias.any()) else None,
+            softcap if softcap > 0 else None,
+        )
+
+    def attention_output(self, out: Tensor) -> Any:
+        return out
+
+
+class BridgeBackend(Backend):
+    """`TransformerBridge` (TransformerLens 3.9 and later)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
+        self._block_kwargs: dict[int, dict[str, Any]] = {}
+        attention: Any = self.attention(0)
+        missing = [name for name in "qkvo" if getattr(attention, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"model: attention of type {type(attention).__name__} has no projections "
+                f"{missing}; only softmax attention with q, k, v and o can be frozen exactly."
+            )
+
+    def block(self, layer: int) -> nn.Module:
+        return cast(nn.Module, self.model.blocks[layer].original_component)
+
+    def attention(self, layer: int) -> nn.Module:
+        attention = getattr(self.model.blocks[layer], "attn", None)
+        if attention is None:
+            raise ValueError(f"model: block {layer} has no attention; only transformers are fitted")
+        return cast(nn.Module, attention)
+
+    def rule(self, layer: int) -> AttentionRule:
+        attn: Any = self.attention(layer)
+        inner = attn.original_component
+        config = getattr(inner, "config", None)
+        scale = float(getattr(inner, "scaling", None) or self.d_head**-0.5)
+        if getattr(self.model.cfg, "scale_attn_by_inverse_layer_idx", False):
+            scale /= layer + 1
+        window = getattr(inner, "sliding_window", None)
+        if not hasattr(inner, "sliding_window"):
+            kinds = getattr(config, "layer_types", None)
+            if kinds is None or kinds[layer] == "sliding_attention":
+                window = getattr(config, "sliding_window", None)
+        return AttentionRule(scale, getattr(inner, "attn_logit_softcapping", None), window)
+
+    def qkv(
+        self, layer: int, normalised: Tensor, positions: Tensor, *, with_query: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn: Any = self.attention(layer)
+        q, k, v = (getattr(attn, name)(normalised[None])[0] for name in "qkv")
+        phase = getattr(attn, "_qk_norm_phase", None)
+        if phase == "pre_reshape":
+            q, k = attn.q_norm(q[None])[0], attn.k_norm(k[None])[0]
+        q, k, v = (t.reshape(t.shape[0], -1, self.d_head) for t in (q, k, v))
+        if phase == "post_reshape":
+            q = attn.q_norm(q.transpose(0, 1)[None])[0].transpose(0, 1)
+            k = attn.k_norm(k.transpose(0, 1)[None])[0].transpose(0, 1)
+        if layer in self._rotary:
+            cos, sin = (t[positions, None, :] for t in self._rotary[layer])
+            q, k = (self._rotate(t, cos, sin) for t in (q, k))
+        return q, k, v
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        size = cos.shape[-1]
+        head, rest = x[..., :size], x[..., size:]
+        if getattr(self.model.cfg, "rotary_adjacent_pairs", False):
+            cos, sin = (t[..., : size // 2].repeat_interleave(2, dim=-1) for t in (cos, sin))
+            flipped = torch.stack((-head[..., 1::2], head[..., 0::2]), dim=-1).flatten(-2)
+        else:
+            flipped = torch.cat((-head[..., size // 2 :], head[..., : size // 2]), dim=-1)
+        rotated = (head * cos + flipped * sin).to(x.dtype)
+        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+
+    def project_z(self, layer: int, z: Tensor) -> Tensor:
+        attn: Any = self.attention(layer)
+        return cast(Tensor, attn.o(z.reshape(1, z.shape[0], -1))[0])
+
+    def call_block(self, layer: int, residual: Tensor) -> Tensor:
+        out = self.block(layer)(residual[None], **self._block_kwargs[layer])
+        return cast(Tensor, (out[0] if isinstance(out, tuple) else out)[0])
+
+    def note_block_call(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rotary = kwargs.get("position_embeddings")
+        if isinstance(rotary, tuple) and isinstance(rotary[0], Tensor):
+            known = self._rotary.get(layer)
+            if known is None or known[0].shape[0] < rotary[0].shape[-2]:
+                cos, sin = (t.detach().reshape(-1, *t.shape[-2:])[0] for t in rotary)
+                self._rotary[layer] = (cos, sin)
+        if layer not in self._block_kwargs:
+            # Masks, positions and caches belong to the whole prompt; our attention has its own.
+            plain = (bool, int, float, str)
+            self._block_kwargs[layer] = {
+                name: value if isinstance(value, plain) and name != "use_cache" else None
+                for name, value in kwargs.items()
+                if name not in ("hidden_states", "use_cache", "output_attentions")
+            }
+
+    def ensure_positions(self, length: int) -> None:
+        known = self._rotary.get(0)
+        if self._block_kwargs and (known is None or known[0].shape[0] >= length):
+            return
+        size = min(self.n_ctx, max(64, 1 << (length - 1).bit_length()))
+        tokens = torch.zeros((1, size), dtype=torch.long, device=self.device)
+        self.capture(tokens, at_block=lambda _, __: None, at_attention=lambda _, __: None)
+
+    def final_norm(self, residual: Tensor) -> Tensor:
+        norm = getattr(self.model, "ln_final", None)
+        return residual if norm is None else cast(Tensor, norm(residual[None])[0])
+
+    def unembedding(self) -> Unembedding:
+        unembed = self.model.unembed.original_component
+        bias = unembed.bias
+        config = self.model.original_model.config
+        text_config = getattr(config, "text_config", config)
+        softcap = getattr(text_config, "final_logit_softcapping", None)
+        return Unembedding(
+            unembed.weight.detach(),
+            bias.detach() if bias is not None and bool(bias.any()) else None,
+            softcap,
+        )
+
+    def attention_output(self, out: Tensor) -> Any:
+        return out, None
+
+
+_BACKENDS: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
+
+
+def backend_of(model: Any) -> Backend:
+    """The backend of a model, built once a model.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`, as loaded by anyone.
+
+    Raises:
+        TypeError: the model is of another class.
+        ValueError: the model has a feature that cannot be frozen exactly.
+    """
+    if model not in _BACKENDS:
+        names = {cls.__name__ for cls in type(model).__mro__}
+        if "HookedTransformer" in names:
+            _BACKENDS[model] = HookedBackend(model)
+        elif "TransformerBridge" in names:
+            _BACKENDS[model] = BridgeBackend(model)
+        else:
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected a TransformerLens HookedTransformer "
+                "or TransformerBridge. Load one with tl_laai.load_model(name_or_path)."
+            )
+    return _BACKENDS[model]

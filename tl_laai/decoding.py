@@ -1,0 +1,211 @@
+"""Greedy answers and answer log-probabilities under edits, all from one prefill.
+
+Every edit (an intervention, an ablation, or none) runs on the same frozen prompts: the rows are
+all (edit, example) pairs. Decoding keeps the keys and values of what it has written and drops a
+row as soon as it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_laai.hooking import Position
+from tl_laai.objectives import cross_entropy, greedy
+from tl_laai.prefix import FrozenPrompts, Packing, SuffixCache, last_residual, run
+
+ROWS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to the heads' outputs at the edited positions: `z -> scale * z + delta`.
+
+    Attributes:
+        deltas: layer -> `[n_heads, d_head]`, added to `hook_z`.
+        position: `prompt_end` or `every_step`.
+        scale: layer -> `[n_heads]`, multiplies each head's own output first (0 ablates it).
+    """
+
+    deltas: Mapping[int, Float[Tensor, "n_heads d_head"]] = field(default_factory=dict)
+    position: Position = "prompt_end"
+    scale: Mapping[int, Float[Tensor, " n_heads"]] = field(default_factory=dict)
+
+
+class _Edits:
+    """Edits of a batch of rows, stacked by layer."""
+
+    def __init__(self, edits: Sequence[Edit], prompts: FrozenPrompts) -> None:
+        backend = prompts.backend
+        like = torch.zeros((), dtype=backend.dtype, device=backend.device)
+        shape = (len(edits), backend.n_heads)
+        self.deltas: dict[int, Tensor] = {}
+        self.scales: dict[int, Tensor] = {}
+        for i, edit in enumerate(edits):
+            for layer, delta in edit.deltas.items():
+                none = like.new_zeros((*shape, backend.d_head))
+                self.deltas.setdefault(layer, none)[i] = delta.to(like)
+            for layer, scale in edit.scale.items():
+                none = like.new_ones((*shape, 1))
+                self.scales.setdefault(layer, none)[i] = scale.to(like)[:, None]
+        self.every_step = torch.tensor(
+            [e.position == "every_step" for e in edits], device=backend.device
+        )
+
+    def apply(self, layer: int, z: Tensor, where: Tensor, of: Tensor) -> Tensor:
+        """Edit tokens `where` of z with the edits `of`, `[n]` each."""
+        if layer in self.scales:
+            z = z.index_copy(0, where, z[where] * self.scales[layer][of])
+        if layer in self.deltas:
+            z = z.index_add(0, where, self.deltas[layer][of])
+        return z
+
+
+def _batches(prompts: FrozenPrompts, n_edits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs `(edit index, example index)` of all rows, a bounded number at a time."""
+    n_examples = len(prompts.examples)
+    edit = torch.arange(n_edits).repeat_interleave(n_examples)
+    example = torch.arange(n_examples).repeat(n_edits)
+    yield from zip(edit.split(ROWS_AT_ONCE), example.split(ROWS_AT_ONCE), strict=True)
+
+
+def answer_log_probabilities(
+    prompts: FrozenPrompts, edits: Sequence[Edit]
+) -> Float[Tensor, "n_edits n_examples"]:
+    """Log-probability of each example's whole answer under each edit, in nats.
+
+    Example:
+        >>> answer_log_probabilities(prompts, [Edit()]).mean()  # doctest: +SKIP
+    """
+    out = torch.zeros(len(edits), len(prompts.examples), dtype=torch.float64)
+    stacked = _Edits(edits, prompts)
+    backend, head = prompts.backend, prompts.backend.unembedding()
+    touched = [*stacked.deltas, *stacked.scales]
+    entry = min(touched, default=backend.n_layers - 1)
+    prompts.enter_at([entry])
+    with torch.no_grad():
+        for edit_of, example_of in _batches(prompts, len(edits)):
+            packing = Packing(prompts, example_of)
+            row_edit = edit_of.to(backend.device)
+            targets = prompts.targets[packing.token]
+            of = row_edit[packing.row]
+            where = torch.nonzero(
+                prompts.is_prompt_end[packing.token] | (stacked.every_step[of] & (targets >= 0))
+            ).squeeze(-1)
+
+            def edit(layer: int, z: Tensor, where: Tensor = where, of: Tensor = of) -> Tensor:
+                return stacked.apply(layer, z, where, of[where])
+
+            x = last_residual(run(packing, {entry: prompts.residuals[entry][packing.token]}, edit))
+            counted = targets >= 0
+            losses = cross_entropy(
+                backend.final_norm(x[counted]),
+                head.weight,
+                targets[counted],
+                bias=head.bias,
+                softcap=head.softcap,
+            ).double()
+            summed = losses.new_zeros(len(row_edit)).index_add_(0, packing.row[counted], -losses)
+            out[edit_of, example_of] = summed.cpu()
+    return out
+
+
+def decode(
+    prompts: FrozenPrompts, edits: Sequence[Edit], *, max_new_tokens: int
+) -> list[list[tuple[int, ...]]]:
+    """Greedy continuations of each prompt under each edit.
+
+    A continuation ends before its first token that contains a newline or is an end token, or
+    after `max_new_tokens`.
+
+    Example:
+        >>> decode(prompts, [Edit(), Edit({9: delta})], max_new_tokens=8)  # doctest: +SKIP
+
+    Args:
+        prompts: frozen prompts; their answers are not read.
+        edits: what is done to the model, one set of continuations each.
+        max_new_tokens: longest continuation, in tokens.
+
+    Returns:
+        `[n_edits][n_examples]` token tuples.
+    """
+    longest = max(len(e.prompt) for e in prompts.examples) + max_new_tokens
+    if longest > prompts.backend.n_ctx:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}: prompt and continuation would take {longest} "
+            f"tokens, and the model's context holds {prompts.backend.n_ctx}. Ask for fewer."
+        )
+    prompts.backend.ensure_positions(longest)
+    written: list[list[tuple[int, ...]]] = [[] for _ in edits]
+    stacked = _Edits(edits, prompts)
+    ends = _EndTokens(prompts.model)
+    with torch.no_grad():
+        for edit_of, example_of in _batches(prompts, len(edits)):
+            rows = _decode_rows(prompts, stacked, edit_of, example_of, ends, max_new_tokens)
+            for e, tokens in zip(edit_of.tolist(), rows, strict=True):
+                written[e].append(tokens)
+    return written
+
+
+def _decode_rows(
+    prompts: FrozenPrompts,
+    edits: _Edits,
+    edit_of: Tensor,
+    example_of: Tensor,
+    ends: _EndTokens,
+    max_new_tokens: int,
+) -> list[tuple[int, ...]]:
+    backend, head = prompts.backend, prompts.backend.unembedding()
+    edit_of = edit_of.to(backend.device)
+    packing = Packing(prompts, example_of, prompt_only=True)
+    tokens, positions = prompts.tokens[packing.token], packing.positions
+    where = packing.last
+    cache = SuffixCache()
+    active = torch.arange(len(edit_of), device=backend.device)
+    written: list[list[int]] = [[] for _ in edit_of]
+    for step in range(max_new_tokens):
+        of = edit_of[packing.row]
+
+        def edit(layer: int, z: Tensor, where: Tensor = where, of: Tensor = of) -> Tensor:
+            return edits.apply(layer, z, where, of[where])
+
+        x = last_residual(run(packing, {0: backend.embed(tokens, positions)}, edit, cache=cache))
+        at_end = x[packing.last] if step == 0 else x
+        choice = greedy(backend.final_norm(at_end), head.weight, bias=head.bias)
+        going = []
+        for i, (row, token) in enumerate(zip(active.tolist(), choice.tolist(), strict=True)):
+            if not ends(token):
+                written[row].append(token)
+                going.append(i)
+        if not going:
+            break
+        kept = torch.tensor(going, device=backend.device)
+        last_position = positions[packing.last] if step == 0 else positions
+        active, tokens, positions = active[kept], choice[kept], last_position[kept] + 1
+        packing = packing.next_step(active, positions)
+        where = torch.nonzero(edits.every_step[edit_of[active]]).squeeze(-1)
+    return [tuple(row) for row in written]
+
+
+class _EndTokens:
+    """Tells tokens that end an answer: they contain a newline, or end the text."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokenizer = model.tokenizer
+        self.known: dict[int, bool] = {}
+
+    def __call__(self, token: int) -> bool:
+        if token not in self.known:
+            is_end = token == self.tokenizer.eos_token_id
+            self.known[token] = is_end or "\n" in self.tokenizer.decode([token])
+        return self.known[token]
+
+
+def longest_answer(examples: Sequence[Any], *, margin: int = 4) -> int:
+    """How many tokens to decode for answers like these: the longest one and a margin."""
+    return max(len(e.answer) for e in examples) + margin

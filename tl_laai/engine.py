@@ -1,0 +1,207 @@
+"""The engine: loss and gradient of many Deltas at once, on a frozen prefix.
+
+A problem is a layer, a set of examples and a Delta. All problems are evaluated as rows of one
+packed batch (`tl_laai.prefix`), each row entering at its own layer, cut into chunks that bound
+memory. Gradients are taken with respect to the Deltas alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_laai.hooking import Position
+from tl_laai.objectives import cross_entropy
+from tl_laai.prefix import FrozenPrompts, Packing, last_residual, run
+
+
+class Engine:
+    """Loss and gradient of many problems, each a layer, a set of examples and a Delta.
+
+    Args:
+        prompts: the frozen prompts of all problems.
+        layers: the edited layer of each problem, `[n_problems]`.
+        rows: the examples of each problem, as indices into `prompts.examples`.
+        position: where Delta is added: the last prompt token, or at every decoding step.
+        max_memory: GiB that one chunk of rows may take above the model.
+
+    Example:
+        >>> engine = Engine(prompts, layers=[9], rows=[range(10)])  # doctest: +SKIP
+        >>> loss, gradient = engine.value_and_grad(delta[None], torch.tensor([0]))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        prompts: FrozenPrompts,
+        *,
+        layers: Sequence[int],
+        rows: Sequence[Sequence[int]],
+        position: Position = "prompt_end",
+        max_memory: float = 1.0,
+    ) -> None:
+        backend = prompts.backend
+        for layer in layers:
+            if not 0 <= layer < backend.n_layers:
+                raise ValueError(
+                    f"layer is {layer}; this model has layers 0 to {backend.n_layers - 1}."
+                )
+        if position not in ("prompt_end", "every_step"):
+            raise ValueError(f"position is {position!r}; use 'prompt_end' or 'every_step'.")
+        self.prompts, self.position = prompts, position
+        self.layers = tuple(layers)
+        self.rows = tuple(torch.tensor(list(r), device=backend.device) for r in rows)
+        self.unembedding = backend.unembedding()
+        prompts.enter_at(self.layers)
+        self._plans: dict[tuple[int, ...], list[_Plan]] = {}
+        self.max_tokens = max(1, int(max_memory * 2**30 / self.bytes_per_token()))
+
+    def bytes_per_token(self) -> int:
+        """Estimated memory that one suffix token takes in a forward and backward."""
+        backend = self.prompts.backend
+        d_mlp = int(getattr(backend.model.cfg, "d_mlp", None) or 4 * backend.d_model)
+        keys = int(self.prompts.prefix_lengths.max()) + 1
+        width = 12 * backend.d_model + 7 * d_mlp + 8 * backend.n_heads * backend.d_head
+        per_layer = width + 6 * backend.n_heads * keys
+        n_layers = backend.n_layers - min(self.layers)
+        return int(per_layer * n_layers * torch.finfo(backend.dtype).bits // 8)
+
+    def memory_estimate(self) -> int:
+        """Estimated bytes of one evaluation of all problems, above the model."""
+        lengths = self.prompts.offsets[1:] - self.prompts.offsets[:-1]
+        n_tokens = sum(int(lengths[rows].sum()) for rows in self.rows)
+        kept = sum(t.numel() * t.element_size() for t in self.prompts.keys.values())
+        return 2 * kept + min(n_tokens, self.max_tokens) * self.bytes_per_token()
+
+    def _chunks(self, problems: Sequence[int]) -> list[list[tuple[int, Tensor]]]:
+        """Cut the rows of the problems, sorted by layer, into chunks of bounded size."""
+        lengths = (self.prompts.offsets[1:] - self.prompts.offsets[:-1]).tolist()
+        order = sorted(range(len(problems)), key=lambda a: self.layers[problems[a]])
+        chunks: list[list[tuple[int, Tensor]]] = [[]]
+        room = self.max_tokens
+        for a in order:
+            begin, rows = 0, self.rows[problems[a]]
+            for i, row in enumerate(rows.tolist()):
+                if lengths[row] > room and (chunks[-1] or i > begin):
+                    if i > begin:
+                        chunks[-1].append((a, rows[begin:i]))
+                    chunks.append([])
+                    begin, room = i, self.max_tokens
+                room -= lengths[row]
+            chunks[-1].append((a, rows[begin:]))
+        return [chunk for chunk in chunks if chunk]
+
+    def plans(self, problems: Sequence[int]) -> list[_Plan]:
+        """The packed batches that evaluate the listed problems (the last few are kept)."""
+        key = tuple(problems)
+        if key not in self._plans:
+            if len(self._plans) > 3:
+                self._plans.clear()
+            self._plans[key] = [_Plan(self, key, chunk) for chunk in self._chunks(key)]
+        return self._plans[key]
+
+    def losses(
+        self,
+        deltas: Float[Tensor, "n_active n_heads d_head"],
+        problems: Int[Tensor, " n_active"],
+    ) -> Float[Tensor, " n_active"]:
+        """Mean answer cross-entropy of each listed problem under its Delta, in nats."""
+        with torch.no_grad():
+            parts = [plan.loss(deltas) for plan in self.plans(problems.tolist())]
+        return torch.stack(parts).sum(0)
+
+    def value_and_grad(
+        self,
+        deltas: Float[Tensor, "n_active n_heads d_head"],
+        problems: Int[Tensor, " n_active"],
+    ) -> tuple[Float[Tensor, " n_active"], Float[Tensor, "n_active n_heads d_head"]]:
+        """Loss and gradient of each listed problem at its Delta.
+
+        Args:
+            deltas: one Delta a listed problem.
+            problems: indices of the problems.
+
+        Returns:
+            Losses `[n_active]` in nats (mean over an answer's tokens, then over examples), and
+            gradients of the shape of `deltas`.
+        """
+        total = deltas.new_zeros(len(problems))
+        gradient = torch.zeros_like(deltas)
+        for plan in self.plans(problems.tolist()):
+            leaf = deltas.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = plan.loss(leaf)
+                gradient += torch.autograd.grad(loss.sum(), leaf)[0]
+            total += loss.detach()
+        return total, gradient
+
+
+class _Plan:
+    """One packed batch of rows, with everything that does not depend on the Deltas."""
+
+    def __init__(
+        self, engine: Engine, problems: Sequence[int], chunk: Sequence[tuple[int, Tensor]]
+    ) -> None:
+        prompts = engine.prompts
+        self.engine = engine
+        self.n_active = len(problems)
+        device = prompts.tokens.device
+        rows = torch.cat([rows for _, rows in chunk])
+        self.row_problem = torch.cat(
+            [torch.full((len(rows),), a, device=device) for a, rows in chunk]
+        )
+        layer_of = torch.tensor([engine.layers[p] for p in problems], device=device)
+        row_layers = layer_of[self.row_problem]
+        self.entry_layers, stages = torch.unique(row_layers, return_inverse=True)
+        self.packing = Packing(prompts, rows, stages, len(self.entry_layers))
+        packing = self.packing
+        self.problem = self.row_problem[packing.row]
+        edited = prompts.is_prompt_end[packing.token]
+        if engine.position == "every_step":
+            edited = prompts.targets[packing.token] >= 0
+        token_layer = row_layers[packing.row]
+        self.edits = {
+            int(layer): torch.nonzero(edited & (token_layer == layer)).squeeze(-1)
+            for layer in self.entry_layers
+        }
+        bounds = [0, *packing.n_tokens]
+        self.entries = {
+            int(layer): prompts.residuals[int(layer)][packing.token[bounds[i] : bounds[i + 1]]]
+            for i, layer in enumerate(self.entry_layers)
+        }
+        self.targets = prompts.targets[packing.token]
+        counted = self.targets >= 0
+        answers = torch.bincount(packing.row[counted], minlength=len(rows))
+        sizes = torch.tensor([len(engine.rows[p]) for p in problems], device=device)
+        # The quotient of integer tensors would be float32, too coarse for a float64 model.
+        wide = torch.float64 if engine.prompts.backend.dtype == torch.float64 else torch.float32
+        self.weight = 1.0 / (answers[packing.row] * sizes[self.problem]).to(wide)
+        if not bool(counted.all()):
+            self.weight = self.weight * counted
+
+    def per_token(self, deltas: Tensor) -> Tensor:
+        """Cross-entropy of every packed token, `[n_tokens]`."""
+        head = self.engine.unembedding
+        backend = self.engine.prompts.backend
+
+        def edit(layer: int, z: Tensor) -> Tensor:
+            where = self.edits.get(layer)
+            if where is None:
+                return z
+            return z.index_add(0, where, deltas[self.problem[where]].to(z.dtype))
+
+        x = last_residual(run(self.packing, self.entries, edit))
+        return cross_entropy(
+            backend.final_norm(x),
+            head.weight,
+            self.targets.clamp(min=0),
+            bias=head.bias,
+            softcap=head.softcap,
+        )
+
+    def loss(self, deltas: Tensor) -> Tensor:
+        """Loss of every active problem, the part of it in this chunk, `[n_active]`."""
+        weighted = (self.per_token(deltas) * self.weight).to(deltas.dtype)
+        return deltas.new_zeros(self.n_active).index_add(0, self.problem, weighted)

@@ -1,0 +1,319 @@
+"""Fits interventions: engine and penalty into a solver, `Intervention`s with provenance out.
+
+A fit minimises, over Delta of one layer,
+
+    mean answer cross-entropy(Delta) + l1 * ||Delta||_1 + group * sum_h ||Delta_h||_2
+
+from Delta = 0 (task-driven layerwise additive activation intervention, NAACL 2025). Which
+solver, learning rate, step count and penalty weights the paper used is not published; the
+defaults here are ours. `fit_many` runs any number of fits as one batch and is what `fit` calls.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_laai.engine import Engine
+from tl_laai.fingerprints import fingerprint
+from tl_laai.hooking import Position
+from tl_laai.interventions import Intervention
+from tl_laai.penalties import SparseGroupLasso
+from tl_laai.prefix import freeze
+from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise
+from tl_laai.solvers import Solution, Status, adam, proximal_gradient
+from tl_laai.tasks import Example
+
+Solver = Literal["proximal", "adam"]
+
+
+@dataclass(frozen=True)
+class FitProblem:
+    """One fit of a batch.
+
+    Attributes:
+        examples: what Delta is fitted on.
+        layer: the edited layer.
+        penalty: absolute weights; None for no penalty.
+        alpha: instead of `penalty`: the group weight as a share of `lambda_max`, the smallest
+            weight at which Delta = 0 is stationary.
+        l1_ratio: with `alpha`: the l1 weight as a multiple of the group weight.
+        start: Delta to start from, `[n_heads, d_head]`; None for zero.
+        provenance: what the caller knows (task, split, seed), kept with the intervention.
+    """
+
+    examples: Sequence[Example]
+    layer: int
+    penalty: SparseGroupLasso | None = None
+    alpha: float | None = None
+    l1_ratio: float = 0.0
+    start: Float[Tensor, "n_heads d_head"] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted intervention and how its fit went.
+
+    Attributes:
+        intervention: the result, ready to apply or save.
+        solution: the solver's solution, with its status.
+        penalty: the absolute weights used.
+        lambda_max: smallest group weight (in the penalty's own l1 ratio; smallest l1 weight for
+            a pure l1 penalty) at which Delta = 0 is stationary.
+        layer: the edited layer.
+    """
+
+    intervention: Intervention
+    solution: Solution
+    penalty: SparseGroupLasso
+    lambda_max: float
+    layer: int
+
+
+def fit(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    layer: int,
+    penalty: SparseGroupLasso | None = None,
+    alpha: float | None = None,
+    l1_ratio: float = 0.0,
+    position: Position = "prompt_end",
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+    solver: Solver = "proximal",
+    tolerance: float = 1e-3,
+    max_evaluations: int = 150,
+    learning_rate: float = 0.1,
+    provenance: Mapping[str, Any] | None = None,
+    callback: Callable[[Any], None] | None = None,
+) -> Fit:
+    """Fit one intervention at one layer.
+
+    Example:
+        >>> split = Task.load("country-capital").split(train=10, seed=0)  # doctest: +SKIP
+        >>> result = fit(model, split.train, layer=9, alpha=0.9)  # doctest: +SKIP
+        >>> result.intervention.save_pretrained("capital")  # doctest: +SKIP
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        examples: about ten input-output pairs.
+        layer: the edited layer, from 0.
+        penalty: `SparseGroupLasso(l1, group)` with absolute weights; None for no penalty.
+        alpha: instead of `penalty`: the group weight as a share of `lambda_max`.
+        l1_ratio: with `alpha`: the l1 weight as a multiple of the group weight.
+        position: `prompt_end` (the last prompt token) or `every_step` (each decoding step).
+        template: how inputs become prompts.
+        solver: `proximal` (proximal gradient, exact zeros) or `adam` (plain Adam on the
+            penalised loss, the reference that papers use).
+        tolerance: stop when stationarity is at most `tolerance * max(1, ||delta||)`.
+        max_evaluations: loss-and-gradient evaluations; for `adam` the number of steps.
+        learning_rate: of `adam`.
+        provenance: what the caller knows about the examples; kept with the intervention.
+        callback: called after each evaluation with the solver's progress.
+
+    Returns:
+        The fit; its `solution.status` says whether it converged.
+
+    Raises:
+        ValueError: an empty task, a layer out of range, a prompt too long, a non-finite loss.
+    """
+    problem = FitProblem(examples, layer, penalty, alpha, l1_ratio, None, provenance or {})
+    return fit_many(
+        model,
+        [problem],
+        position=position,
+        template=template,
+        solver=solver,
+        tolerance=tolerance,
+        max_evaluations=max_evaluations,
+        learning_rate=learning_rate,
+        callback=callback,
+    )[0]
+
+
+def fit_many(
+    model: Any,
+    problems: Sequence[FitProblem],
+    *,
+    position: Position = "prompt_end",
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+    solver: Solver = "proximal",
+    tolerance: float = 1e-3,
+    max_evaluations: int = 150,
+    learning_rate: float = 0.1,
+    max_memory: float = 1.0,
+    callback: Callable[[Any], None] | None = None,
+) -> tuple[Fit, ...]:
+    """Fit many interventions as one batch; each result is that of its fit alone, to rounding.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        problems: the fits; examples that several share are run once as prompts.
+        position: as in `fit`, like the rest but for `max_memory`.
+        template: how inputs become prompts.
+        solver: `proximal` or `adam`.
+        tolerance: of stationarity.
+        max_evaluations: for each problem.
+        learning_rate: of `adam`.
+        max_memory: GiB that one chunk of rows may take above the model.
+        callback: called after each evaluation with the solver's progress.
+
+    Returns:
+        One fit a problem, in order.
+    """
+    if not problems:
+        raise ValueError("problems is empty: give at least one FitProblem.")
+    if solver not in ("proximal", "adam"):
+        raise ValueError(f"solver is {solver!r}; use 'proximal' or 'adam'.")
+    for problem in problems:
+        _check_problem(problem)
+    engine = _engine(model, problems, position, template, max_memory)
+    backend = engine.prompts.backend
+    shape = (len(problems), backend.n_heads, backend.d_head)
+    zero = torch.zeros(shape, dtype=_state_dtype(backend.dtype), device=backend.device)
+    everyone = torch.arange(len(problems), device=backend.device)
+    penalty, lambda_max = _penalties(engine, problems, zero, everyone)
+    start = zero.clone()
+    for i, problem in enumerate(problems):
+        if problem.start is not None:
+            start[i] = problem.start.to(start)
+    if solver == "adam":
+        solutions = adam(
+            engine.value_and_grad,
+            start,
+            penalty,
+            learning_rate=learning_rate,
+            steps=max_evaluations,
+            callback=callback,
+        )
+    else:
+        solutions = proximal_gradient(
+            engine.value_and_grad,
+            start,
+            penalty,
+            tolerance=tolerance,
+            max_evaluations=max_evaluations,
+            callback=callback,
+        )
+    mark = fingerprint(model)
+    fits = []
+    for i, (problem, solution) in enumerate(zip(problems, solutions, strict=True)):
+        if solution.status is Status.NON_FINITE:
+            raise ValueError(
+                f"layer={problem.layer}: the loss or its gradient is not finite at the start of "
+                "the fit. Use a wider dtype (float32), or examples that the model can score."
+            )
+        own = SparseGroupLasso(*(float(_at(w, i)) for w in (penalty.l1, penalty.group)))
+        settings = {
+            "solver": solver,
+            "tolerance": tolerance,
+            "max_evaluations": max_evaluations,
+            **({"learning_rate": learning_rate} if solver == "adam" else {}),
+        }
+        provenance = {
+            **problem.provenance,
+            "n_train": len(problem.examples),
+            "layer": problem.layer,
+            "template": {
+                "text": template.text,
+                "answer_prefix": template.answer_prefix,
+                "separator": template.separator,
+            },
+            "penalty": {"l1": own.l1, "group": own.group, "lambda_max": lambda_max[i]},
+            "solver": settings,
+            "solution": {
+                "status": solution.status.name.lower(),
+                "objective": solution.objective,
+                "loss": solution.loss,
+                "stationarity": solution.stationarity,
+                "n_evaluations": solution.n_evaluations,
+            },
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("torch", "transformers", "transformer-lens")
+            },
+        }
+        intervention = Intervention(
+            {problem.layer: solution.delta.cpu()}, position, mark, provenance
+        )
+        fits.append(Fit(intervention, solution, own, lambda_max[i], problem.layer))
+    return tuple(fits)
+
+
+def _check_problem(problem: FitProblem) -> None:
+    if not problem.examples:
+        raise ValueError("examples is empty: a fit needs at least one input-output pair.")
+    if problem.alpha is not None:
+        if problem.penalty is not None:
+            raise ValueError("penalty and alpha are both given: use one of them.")
+        if not 0 <= problem.alpha < float("inf"):
+            raise ValueError(f"alpha is {problem.alpha}; give a share of lambda_max, 0 or more.")
+    elif problem.l1_ratio:
+        raise ValueError(
+            f"l1_ratio is {problem.l1_ratio} without alpha; give alpha too, or absolute weights "
+            "as penalty=SparseGroupLasso(l1=..., group=...)."
+        )
+
+
+def _engine(
+    model: Any,
+    problems: Sequence[FitProblem],
+    position: Position,
+    template: PromptTemplate,
+    max_memory: float,
+) -> Engine:
+    """The engine of the problems; prompts that several problems share are frozen once."""
+    distinct = list(dict.fromkeys(e for problem in problems for e in problem.examples))
+    tokenised = dict(zip(distinct, tokenise(model, distinct, template=template), strict=True))
+    index: dict[TokenisedExample, int] = {}
+    rows = [
+        [index.setdefault(tokenised[e], len(index)) for e in problem.examples]
+        for problem in problems
+    ]
+    return Engine(
+        freeze(model, tuple(index)),
+        layers=[problem.layer for problem in problems],
+        rows=rows,
+        position=position,
+        max_memory=max_memory,
+    )
+
+
+def _penalties(
+    engine: Engine, problems: Sequence[FitProblem], zero: Tensor, everyone: Tensor
+) -> tuple[SparseGroupLasso, list[float]]:
+    """Absolute weights of all problems as one penalty, and each problem's lambda_max."""
+    _, gradient = engine.value_and_grad(zero, everyone)
+    gradient = gradient.cpu().double()
+    l1, group, lambda_max = [], [], []
+    for problem, own in zip(problems, gradient, strict=True):
+        if problem.alpha is not None:
+            ratio = SparseGroupLasso.from_ratio(1.0, problem.l1_ratio)
+            lambda_max.append(float(ratio.lambda_max(own)))
+            group.append(problem.alpha * lambda_max[-1])
+            l1.append(problem.l1_ratio * group[-1])
+        else:
+            penalty = problem.penalty or SparseGroupLasso(0.0, 0.0)
+            is_free = float(penalty.l1) == 0 and float(penalty.group) == 0
+            shape = SparseGroupLasso(0.0, 1.0) if is_free else penalty
+            lambda_max.append(float(shape.lambda_max(own)))
+            l1.append(float(penalty.l1))
+            group.append(float(penalty.group))
+    weights = [torch.tensor(w, dtype=zero.dtype, device=zero.device) for w in (l1, group)]
+    return SparseGroupLasso(*weights), lambda_max
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Deltas, losses and stopping tests are float32 even where weights are bfloat16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _at(weight: float | Tensor, i: int) -> float | Tensor:
+    return weight[i] if isinstance(weight, Tensor) else weight

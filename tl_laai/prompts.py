@@ -1,0 +1,225 @@
+"""Prompts and answers: from examples through a template to the tokens a model is given.
+
+The last token of a prompt is where an intervention acts. So the prompt's tokens here are always
+those of the prompt on its own, the same in fitting, evaluation and generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_laai.tasks import Example, check_count, seeded_order
+
+
+@runtime_checkable
+class TokenisingModel(Protocol):
+    """What is needed of a model: both TransformerLens classes have it."""
+
+    cfg: Any
+
+    def to_tokens(
+        self, input: str, *, prepend_bos: bool | None = ..., truncate: bool = ...
+    ) -> Int[Tensor, "1 pos"]:
+        """Tokenise one text, by default with the model's own rule for a BOS token."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    r"""How an input becomes a prompt, and an output the answer that follows it.
+
+    Example:
+        >>> PromptTemplate().render("Kenya", [Example("Peru", "Lima")])
+        'Q: Peru\nA: Lima\n\nQ: Kenya\nA:'
+
+    Args:
+        text: The prompt, with `{input}` where the input goes. Other braces are left alone.
+        answer_prefix: What stands between prompt and output, and belongs to the answer: most
+            tokenisers make one token of a space and the word after it.
+        separator: What stands between demonstrations, and before the query.
+
+    Raises:
+        TypeError: A field is not text.
+        ValueError: `text` does not contain `{input}`.
+    """
+
+    text: str = "Q: {input}\nA:"
+    answer_prefix: str = " "
+    separator: str = "\n\n"
+
+    def __post_init__(self) -> None:
+        for field in ("text", "answer_prefix", "separator"):
+            value: object = getattr(self, field)
+            if not isinstance(value, str):
+                raise TypeError(f"{field} must be text, got {value!r}; write it as a string")
+        if "{input}" not in self.text:
+            raise ValueError(
+                f"text must contain {{input}} where the input goes, got {self.text!r}; "
+                "for instance 'Q: {input}\\nA:'"
+            )
+
+    def answer(self, output: str) -> str:
+        """The text that should follow the prompt, prefix included."""
+        return self.answer_prefix + output
+
+    def render(self, input: str, demonstrations: Iterable[Example] = ()) -> str:
+        """The prompt that asks for `input`, after any demonstrations.
+
+        Args:
+            input: The query. Braces in it are safe: nothing is looked for in data.
+            demonstrations: Solved examples to show first, in their order.
+        """
+        # Not str.format: a brace in the data or elsewhere in the template would break it.
+        solved = [
+            self.text.replace("{input}", shown.input) + self.answer(shown.output)
+            for shown in demonstrations
+        ]
+        return self.separator.join([*solved, self.text.replace("{input}", input)])
+
+
+DEFAULT_TEMPLATE = PromptTemplate()
+
+
+@dataclass(frozen=True)
+class TokenisedExample:
+    """An example as token ids; prompt and answer follow each other without a gap.
+
+    Args:
+        prompt: Ids of the prompt, BOS included where the model uses one. Never empty.
+        answer: Ids of the answer that follows. Never empty.
+        input: The input as text.
+        output: The output as text.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    input: str
+    output: str
+
+
+def tokenise(
+    model: TokenisingModel,
+    examples: Sequence[Example],
+    *,
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+    demonstrations: Sequence[Example] = (),
+) -> tuple[TokenisedExample, ...]:
+    """Tokenise examples as the given model does, one by one, without padding.
+
+    Example:
+        >>> batch = tokenise(model, split.test, demonstrations=split.train)  # doctest: +SKIP
+
+    Args:
+        model: A TransformerLens model with a tokenizer.
+        examples: At least one.
+        template: How inputs become prompts and outputs answers.
+        demonstrations: Solved examples put before every prompt.
+
+    Returns:
+        One entry an example, in their order.
+
+    Raises:
+        ValueError: There are no examples, an answer has no tokens, or a prompt with its answer
+            is longer than the model's context.
+    """
+    if not examples:
+        raise ValueError("examples must hold at least one example, got none")
+    return tuple(_tokenise_one(model, e, template, demonstrations) for e in examples)
+
+
+def tokenise_prompts(model: TokenisingModel, prompts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    r"""Tokenise free prompts, each used as it is.
+
+    Example:
+        >>> tokenise_prompts(model, ["Q: Kenya\nA:"])  # doctest: +SKIP
+
+    Raises:
+        TypeError: `prompts` is one string and not a sequence of them.
+        ValueError: There are none, or one has no tokens or is longer than the model's context.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a sequence of strings, got {prompts!r}; write [prompt]")
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    return tuple(_prompt_tokens(model, prompt) for prompt in prompts)
+
+
+def sample_demonstrations(train: Sequence[Example], k: int, seed: int) -> tuple[Example, ...]:
+    """Draw `k` different demonstrations, the same for the same seed; a larger `k` adds more.
+
+    Example:
+        >>> shown = sample_demonstrations(split.train, 5, seed=0)  # doctest: +SKIP
+
+    Raises:
+        TypeError, ValueError: `k` or `seed` is not a non-negative integer, or `k` is more than
+            there is.
+    """
+    check_count("k", k)
+    check_count("seed", seed)
+    if k > len(train):
+        raise ValueError(f"k must be at most the {len(train)} examples there are, got {k}")
+    return seeded_order(train, seed)[:k]
+
+
+def decoded_answer(text: str) -> str:
+    r"""The answer in decoded text: up to the first newline, without white space around it.
+
+    Example:
+        >>> decoded_answer(" Nairobi\n\nQ: Peru")
+        'Nairobi'
+    """
+    return text.split("\n", 1)[0].strip()
+
+
+def _tokenise_one(
+    model: TokenisingModel,
+    example: Example,
+    template: PromptTemplate,
+    demonstrations: Sequence[Example],
+) -> TokenisedExample:
+    text, answer_text = (
+        template.render(example.input, demonstrations),
+        template.answer(example.output),
+    )
+    prompt = _prompt_tokens(model, text)
+    joint = _ids(model, text + answer_text)
+    if joint[: len(prompt)] == prompt:
+        answer = joint[len(prompt) :]
+    else:
+        # The tokeniser merges across the seam, or ends texts with a special token. A model
+        # asked the prompt has read the prompt's own tokens, and can only continue those: so
+        # they stay as they are, and the answer is what it could write after them.
+        answer = _ids(model, answer_text, prepend_bos=False)
+    if not answer:
+        raise ValueError(
+            f"output {example.output!r} tokenises to nothing; drop the example, or choose an "
+            "output that this model's tokenizer knows"
+        )
+    _check_length(model, len(prompt) + len(answer), f"the prompt and answer of {example.input!r}")
+    return TokenisedExample(prompt, answer, example.input, example.output)
+
+
+def _prompt_tokens(model: TokenisingModel, text: str) -> tuple[int, ...]:
+    tokens = _ids(model, text)
+    if not tokens:
+        raise ValueError(f"prompt {text!r} tokenises to nothing; there must be a token to edit")
+    _check_length(model, len(tokens), f"the prompt {text[:40]!r}")
+    return tokens
+
+
+def _ids(model: TokenisingModel, text: str, **options: bool) -> tuple[int, ...]:
+    # Both classes cut at n_ctx unless told not to: the end of the prompt, which is the place
+    # of the intervention, would be gone without a word.
+    return tuple(model.to_tokens(text, truncate=False, **options)[0].tolist())
+
+
+def _check_length(model: TokenisingModel, length: int, what: str) -> None:
+    if length > model.cfg.n_ctx:
+        raise ValueError(
+            f"{what} take {length} tokens, more than the model's context of {model.cfg.n_ctx}; "
+            "shorten them or show fewer demonstrations"
+        )

@@ -1,0 +1,209 @@
+"""What a fit was made of: kept in an intervention's provenance, and made again from there.
+
+    model, backend                  what to load
+    task   name, source, digest     which data; a digest that differs is refused
+    split  train, test, seed        the examples fitted on, and those held out
+
+So a saved intervention can be evaluated on its own held-out examples with nothing else said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_laai.tasks import Example, Task, load_task, same_input_key
+
+if TYPE_CHECKING:
+    from tl_laai.prompts import PromptTemplate
+
+DEFAULT_TRAIN, DEFAULT_TEST = 10, 100
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's examples to fit on (or to show as demonstrations), and those held out.
+
+    Attributes:
+        task: where they are from.
+        train: fitted on, in their order.
+        test: held out; shares no input with `train`.
+        seed: of the split.
+        origin_known: whether it is certain that `test` has no example that was fitted on.
+    """
+
+    task: Task
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    seed: int
+    origin_known: bool = True
+
+
+def draw(
+    task: Task,
+    *,
+    train: int = DEFAULT_TRAIN,
+    test: int = DEFAULT_TEST,
+    seed: int = 0,
+    without: Sequence[Example] = (),
+) -> TaskData:
+    """Draw `train` examples, and hold out `test` of the others, or all there are.
+
+    Example:
+        >>> data = draw(Task.load("country-capital"), train=10, seed=0)
+        >>> len(data.train), len(data.test)
+        (10, 100)
+
+    Args:
+        task: where to draw from.
+        train: exactly so many.
+        test: at most so many; a smaller number holds out the first of a larger one's.
+        seed: which.
+        without: never held out; not counted.
+
+    Returns:
+        The drawn examples; nothing may be left for `test`.
+
+    Raises:
+        TypeError, ValueError: a number is no count, or there are fewer than `train` examples.
+    """
+    split = task.split(train=train, seed=seed)
+    left_out = {same_input_key(example.input) for example in without}
+    held_out = [e for e in split.test if same_input_key(e.input) not in left_out]
+    return TaskData(task, split.train, tuple(held_out[:test]), seed)
+
+
+def record(model: str, backend: str, data: TaskData) -> dict[str, Any]:
+    """What a fit should keep as provenance: see the head of this file.
+
+    Example:
+        >>> fit(model, data.train, provenance=record("gpt2", "auto", data))  # doctest: +SKIP
+
+    Args:
+        model: the name it was loaded by; a path is kept absolute.
+        backend: as given to `load_model`.
+        data: its train examples are those fitted on.
+    """
+    task = data.task
+    built_in = task.source == "built-in"
+    return {
+        "model": _model_name(model),
+        "backend": backend,
+        "task": {
+            "name": task.name,
+            "source": task.source if built_in else str(Path(task.source).resolve()),
+            "version": task.version,
+            "digest": task.digest,
+        },
+        "split": {"train": len(data.train), "test": len(data.test), "seed": data.seed},
+    }
+
+
+def recorded_model(
+    provenance: Mapping[str, Any], *, model: str | None = None, backend: str | None = None
+) -> tuple[str, str]:
+    """The model and backend of a fit, or those given instead.
+
+    Example:
+        >>> recorded_model({"model": "gemma-3-270m"}, backend="bridge")
+        ('gemma-3-270m', 'bridge')
+
+    Raises:
+        ValueError: the provenance names no model, and none is given.
+    """
+    name = model or _lookup(provenance, "model")
+    if not isinstance(name, str):
+        raise ValueError("the intervention does not record its model's name; give --model")
+    return name, backend or _lookup(provenance, "backend") or "auto"
+
+
+def recorded_data(
+    provenance: Mapping[str, Any],
+    *,
+    task: str | None = None,
+    test: int | None = None,
+    seed: int | None = None,
+) -> TaskData:
+    """The train and held-out examples of a fit, or of another task, size or seed.
+
+    Whatever is changed, no example that the fit is known to have seen is held out.
+
+    Example:
+        >>> recorded_data({}, task="antonym", test=5).origin_known
+        False
+
+    Args:
+        provenance: an intervention's.
+        task: built-in name or file, instead of the recorded one.
+        test: at most so many held-out examples, instead of the recorded number.
+        seed: of another split of the same size.
+
+    Raises:
+        ValueError: no task is recorded and none given; its data has changed since the fit; no
+            example is left to hold out.
+    """
+    source = _lookup(provenance, "task", "source")
+    name = _lookup(provenance, "task", "name") if source == "built-in" else source
+    if not isinstance(task or name, str):
+        raise ValueError("the intervention does not record its task; give --task")
+    loaded = load_task(task or str(name))
+    n_train = _lookup(provenance, "split", "train") or DEFAULT_TRAIN
+    old_seed = _lookup(provenance, "split", "seed") or 0
+    digest = _lookup(provenance, "task", "digest")
+    same = digest == loaded.digest
+    if not same and task is None:
+        raise ValueError(
+            f"task {name!r} has changed since the fit (digest {digest}, now {loaded.digest}), so "
+            "its split cannot be made again; restore it, or give --task"
+        )
+    data = draw(
+        loaded,
+        train=n_train,
+        test=test or _lookup(provenance, "split", "test") or DEFAULT_TEST,
+        seed=old_seed if seed is None else seed,
+        without=draw(loaded, train=n_train, seed=old_seed).train if same else (),
+    )
+    if not data.test:
+        raise ValueError(
+            f"task {loaded.name!r} has {len(loaded.distinct)} distinct inputs, and none is left "
+            "to hold out; fit on fewer, or give --task"
+        )
+    another_task = _lookup(provenance, "task", "name") not in (None, loaded.name)
+    return replace(data, origin_known=same or another_task)
+
+
+def recorded_template(provenance: Mapping[str, Any]) -> PromptTemplate:
+    """The prompt template of a fit; the default one where none is recorded.
+
+    Raises:
+        TypeError, ValueError: what is recorded is no template.
+    """
+    from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate  # not needed to draw examples
+
+    default = DEFAULT_TEMPLATE
+    return PromptTemplate(
+        text=_lookup(provenance, "template", "text") or default.text,
+        answer_prefix=_or(_lookup(provenance, "template", "answer_prefix"), default.answer_prefix),
+        separator=_or(_lookup(provenance, "template", "separator"), default.separator),
+    )
+
+
+def _or(value: Any, default: str) -> Any:
+    return default if value is None else value  # an empty text is a value
+
+
+def _lookup(provenance: Any, *names: str) -> Any:
+    """A value deep in a provenance; None where it does not go so deep, since anyone wrote it."""
+    for name in names:
+        provenance = provenance.get(name) if isinstance(provenance, Mapping) else None
+    return provenance
+
+
+def _model_name(name: str) -> str:
+    """The same model from any working directory: paths made absolute, names left alone."""
+    from tl_laai.checkpoints import BUILT_IN  # it imports torch
+
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in BUILT_IN and path.exists() else name

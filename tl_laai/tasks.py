@@ -1,0 +1,350 @@
+"""Input-output tasks: examples, readers for where they live, and seeded disjoint splits.
+
+Two inputs count as the same when they agree after `str.strip`, Unicode composition (NFC) and
+`str.casefold`. A split never puts the same input on two sides. Where one input has several
+outputs, the first is kept and the others are left out of the split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    import datasets
+
+_DATA = Path(__file__).with_name("data")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input of a task with the output that is right for it.
+
+    Example:
+        >>> Example("Kenya", "Nairobi")
+        Example(input='Kenya', output='Nairobi')
+
+    Args:
+        input: What the model is given, without template or surrounding white space.
+        output: What it should answer, without a leading space: the template sets it.
+
+    Raises:
+        TypeError, ValueError: A field is not text, or has nothing but white space.
+    """
+
+    input: str
+    output: str
+
+    def __post_init__(self) -> None:
+        for field in ("input", "output"):
+            value: object = getattr(self, field)
+            if not isinstance(value, str):
+                raise TypeError(f"{field} must be text, got {value!r}; write it as a string")
+            if not value.strip():
+                raise ValueError(f"{field} must not be empty, got {value!r}; drop the example")
+
+
+def same_input_key(text: str) -> str:
+    """What two inputs share exactly when they count as the same input."""
+    return unicodedata.normalize("NFC", text.strip()).casefold()
+
+
+def check_disjoint(train: Iterable[Example], test: Iterable[Example]) -> None:
+    """Refuse two sets of examples that share an input.
+
+    Raises:
+        ValueError: An input is on both sides; the message names up to five of them.
+    """
+    seen = {same_input_key(example.input) for example in train}
+    shared = list(dict.fromkeys(e.input for e in test if same_input_key(e.input) in seen))
+    if shared:
+        more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
+        raise ValueError(
+            f"train and test must not share inputs, both have {shared[:5]}{more}; "
+            "remove them from one side, or use Task.split"
+        )
+
+
+def check_count(argument: str, value: object) -> None:
+    """Refuse anything but a non-negative integer, naming the argument."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{argument} must be 0 or more, got {value}")
+
+
+def seeded_order(examples: Iterable[Example], seed: int) -> tuple[Example, ...]:
+    """The examples in an order that the seed alone decides."""
+    # Python promises the same random() from a seed in every version, but not the same shuffle().
+    generator = random.Random(seed)
+    return tuple(sorted(examples, key=lambda _: generator.random()))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three sets of examples; two that share an input are refused with a ValueError.
+
+    Example:
+        >>> split = Task.load("country-capital").split(train=10, test=100)
+        >>> len(split.train), len(split.validation), len(split.test)
+        (10, 0, 100)
+    """
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    def __post_init__(self) -> None:
+        for one, other in itertools.combinations((self.train, self.validation, self.test), 2):
+            check_disjoint(one, other)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples of one input-output rule, with where they came from.
+
+    Example:
+        >>> len(Task("double", (Example("2", "4"), Example("3", "6"))))
+        2
+
+    Args:
+        name: A short name for tables and file names.
+        examples: All examples, in the order of their source.
+        version: The version of the data.
+        description: One sentence that says what the rule is.
+        source: "built-in", the path of the file, or "datasets".
+
+    Raises:
+        ValueError: There is no example, or the name is empty.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    version: str = ""
+    description: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError(f"name must not be empty, got {self.name!r}; give the task a name")
+        if not self.examples:
+            raise ValueError(f"task {self.name!r} has no examples; give it at least one")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the examples and their order, nothing else."""
+        pairs = [[example.input, example.output] for example in self.examples]
+        canonical = json.dumps(pairs, ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
+
+    @cached_property
+    def distinct(self) -> tuple[Example, ...]:
+        """The first example of every distinct input: what `split` divides."""
+        first: dict[str, Example] = {}
+        for example in self.examples:
+            first.setdefault(same_input_key(example.input), example)
+        return tuple(first.values())
+
+    def split(
+        self, *, train: int, validation: int = 0, test: int | None = None, seed: int = 0
+    ) -> Split:
+        """Draw disjoint train, validation and test sets, the same for the same seed.
+
+        The distinct inputs are put in one seeded order. Train is taken from its front, test
+        and then validation from its back. So a larger `train` extends a smaller one, and
+        where `test` is a number, changing `train` changes neither test nor validation.
+
+        Example:
+            >>> split = Task.load("antonym").split(train=10, validation=20, test=100, seed=3)
+
+        Args:
+            train: How many examples to train on.
+            validation: How many to choose settings on.
+            test: How many to hold out; None takes all that remain, possibly none.
+            seed: Which order; a non-negative integer. The global random state is not used.
+
+        Raises:
+            TypeError, ValueError: A number is not an integer, is negative, or there are fewer
+                distinct inputs than asked for.
+        """
+        check_count("train", train)
+        check_count("validation", validation)
+        check_count("seed", seed)  # random.Random(-1) would repeat random.Random(1)
+        if test is not None:
+            check_count("test", test)
+        total = train + validation + (test or 0)
+        if total > len(self.distinct):
+            raise ValueError(
+                f"task {self.name!r} has {len(self.distinct)} distinct inputs, fewer than {total} "
+                f"asked for (train={train}, validation={validation}, test={test}); ask for "
+                "fewer, or pass test=None for all that remain"
+            )
+        order = seeded_order(self.distinct, seed)
+        back = order[::-1]
+        held_out = len(order) - train - validation if test is None else test
+        return Split(
+            train=order[:train],
+            validation=back[held_out : held_out + validation],
+            test=back[:held_out],
+        )
+
+    @classmethod
+    def load(cls, name: str) -> Task:
+        """Load a task that comes with the package, for instance "country-capital".
+
+        Raises:
+            ValueError: There is no built-in task of that name.
+        """
+        if name not in available_tasks():
+            raise ValueError(f"name must be one of {list(available_tasks())}, got {name!r}")
+        text = (_DATA / f"{name}.json").read_text(encoding="utf-8")
+        return _parse(text, name=name, source="built-in", where=f"built-in task {name!r}")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Task:
+        """Read a task from a JSON or JSON Lines file.
+
+        The file holds a list of `{"input": ..., "output": ...}`, or an object with that list
+        under "examples" and optionally "name", "version" and "description", or one such pair
+        a line. White space around texts is dropped, since the prompt template sets its own;
+        other keys are ignored. Without "name", the file's name without suffix is taken.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not such a file; the message starts with its path.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: not UTF-8 text at byte {error.start}; a task file is JSON or JSON Lines"
+            ) from error
+        return _parse(text, name=path.stem, source=str(path), where=str(path))
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: datasets.Dataset,
+        *,
+        input: str = "input",
+        output: str = "output",
+        name: str | None = None,
+    ) -> Task:
+        """Take a task from two text columns of a Hugging Face dataset.
+
+        Example:
+            >>> rows = load_dataset("me/capitals", split="train")  # doctest: +SKIP
+            >>> task = Task.from_dataset(rows, input="country", output="capital")  # doctest: +SKIP
+
+        Args:
+            dataset: One loaded split, not a dictionary of splits.
+            input: The column of inputs.
+            output: The column of outputs.
+            name: The task's name; by default the dataset's own, or "dataset".
+
+        Raises:
+            TypeError, ValueError: It is no such dataset, or a column or a row's text is missing.
+        """
+        import datasets  # heavy, and nothing else here needs it
+
+        if not isinstance(dataset, datasets.Dataset):
+            raise TypeError(
+                f"dataset must be a datasets.Dataset, got {type(dataset).__name__}; choose one "
+                'split, for instance load_dataset(..., split="train")'
+            )
+        for argument, column in (("input", input), ("output", output)):
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"{argument} must be one of the columns {dataset.column_names}, got {column!r}"
+                )
+        name = name or dataset.info.dataset_name or "dataset"
+        examples = tuple(
+            _example({"input": given, "output": right}, where=f"dataset {name!r}, row {row}")
+            for row, (given, right) in enumerate(zip(dataset[input], dataset[output], strict=True))
+        )
+        return cls(name, examples, source="datasets")
+
+
+def available_tasks() -> tuple[str, ...]:
+    """The names of the built-in tasks, sorted."""
+    return tuple(sorted(file.stem for file in _DATA.glob("*.json")))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Load a built-in task by its name, or else read the file at that path.
+
+    A built-in name wins over a file of the same name; write `./antonym` for the file.
+
+    Raises:
+        ValueError: It is neither, or the file is not a task file.
+    """
+    # A Path is always a file: Path("./antonym") has already lost its "./".
+    if isinstance(name_or_path, str) and name_or_path in available_tasks():
+        return Task.load(name_or_path)
+    if Path(name_or_path).is_file():
+        return Task.from_json(name_or_path)
+    raise ValueError(f"task must be a file or one of {available_tasks()}, got {name_or_path!r}")
+
+
+def _parse(text: str, *, name: str, source: str, where: str) -> Task:
+    """Make a task of a file's text; `where` opens every error message."""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    about: Mapping[str, object] = {}
+    # The first line alone tells JSON Lines, so that a broken later line is blamed by number.
+    if lines and _is_row(lines[0][1]):
+        rows: object = [_json(line, f"{where}, line {number}") for number, line in lines]
+    else:
+        rows = _json(text, where)
+        if isinstance(rows, dict):
+            about, rows = rows, rows.get("examples")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f'{where}: expected a non-empty list of {{"input", "output"}} objects')
+    return Task(
+        name=str(about.get("name") or name),
+        examples=tuple(
+            _example(row, where=f"{where}: example {n}") for n, row in enumerate(rows, 1)
+        ),
+        version=str(about.get("version", "")),
+        description=str(about.get("description", "")),
+        source=source,
+    )
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line is a whole JSON object that is not a whole task."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and "examples" not in value
+
+
+def _json(text: str, where: str) -> object:
+    try:
+        return cast("object", json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: truncated, or not JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: not a task file, nested too deeply") from error
+
+
+def _example(row: object, *, where: str) -> Example:
+    if not isinstance(row, Mapping) or not {"input", "output"} <= row.keys():
+        raise ValueError(f'{where}: expected an object with "input" and "output", got {row!r:.80}')
+    texts = (row["input"], row["output"])
+    try:
+        return Example(*(text.strip() if isinstance(text, str) else text for text in texts))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
