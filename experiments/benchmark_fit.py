@@ -95,7 +95,7 @@ def engine_step(
     engine = Engine(
         freeze(model, examples), layers=[LAYER] * n_problems, rows=[range(N)] * n_problems
     )
-    deltas = torch.stack([delta * (1 + i) / (1 + i) for i in range(n_problems)])
+    deltas = torch.stack([delta * (1 + i / n_problems) for i in range(n_problems)])
     problems = torch.arange(n_problems)
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +168,8 @@ def as_transformer_lens_loads(backend: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = find_source(MODEL)
-    hf = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source.location)
+    hf = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
     if backend == "hooked":
         from transformer_lens import HookedTransformer
 
@@ -180,7 +180,7 @@ def as_transformer_lens_loads(backend: str) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
 
         model = TransformerBridge.boot_transformers(
-            str(source.location), hf_model=hf, tokenizer=tokenizer, device="cpu"
+            str(source.folder), hf_model=hf, tokenizer=tokenizer, device="cpu"
         )
     return model.requires_grad_(False)
 
@@ -191,14 +191,10 @@ def benchmark(rounds: int) -> list[dict[str, Any]]:
     split = Task.load(TASK).split(train=N, validation=10, seed=0)
     rows = []
     for prompts, shots in SHOTS.items():
-        examples = tokenise(
-            ours["bridge"], split.train, demonstrations=split.validation[:shots]
-        )
+        examples = tokenise(ours["bridge"], split.train, demonstrations=split.validation[:shots])
         torch.manual_seed(0)
         delta = torch.randn(ours["bridge"].cfg.n_heads, ours["bridge"].cfg.d_head)
-        methods = [
-            Method(f"plain-{b}", b, 1, plain_step(plain[b], examples, delta)) for b in plain
-        ]
+        methods = [Method(f"plain-{b}", b, 1, plain_step(plain[b], examples, delta)) for b in plain]
         for backend, model in ours.items():
             for n in (1, 16):
                 step = engine_step(model, examples, delta, n)
@@ -257,8 +253,10 @@ def main() -> None:
     if arguments.json:
         print("\n".join(lines))
         return
-    print("| prompts | method | backend | s a problem-step | over plain hooked | over plain bridge "
-          "| matmul share | GFLOP/s | peak MB |\n|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| prompts | method | backend | s a problem-step | over plain hooked | over plain bridge "
+        "| matmul share | GFLOP/s | peak MB |\n|---|---|---|---|---|---|---|---|---|"
+    )
     for r in rows:
         print(
             f"| {r['prompts']} | {r['method']} | {r['backend']} "

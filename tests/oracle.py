@@ -163,7 +163,7 @@ def run_once(model: Any) -> Any:
 
 def state_of(model: Any) -> dict[str, Any]:
     """All that working with a model could leave behind in it."""
-    modules = list(model.modules())
+    modules = [*model.modules(), *getattr(model, "original_model", model).modules()]
     return {
         "forward": [id(m) for m in modules if "forward" in vars(m)],
         "torch_hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),

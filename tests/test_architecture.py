@@ -23,31 +23,37 @@ PACKAGE = ROOT / "tl_laai"
 # A room imports rooms of lower levels only. `__init__.py` is the door: it looks up, lazily, and
 # rooms never go through it.
 LEVELS = {
-    "penalties": 0,
-    "objectives": 0,
-    "metrics": 0,
-    "tasks": 0,
     "artifacts": 0,
-    "hooking": 0,
     "checkpoints": 0,
     "fingerprints": 0,
-    "models": 1,
-    "solvers": 1,
-    "prompts": 1,
+    "hooking": 0,
+    "metrics": 0,
+    "objectives": 0,
+    "penalties": 0,
+    "rows": 0,
+    "tasks": 0,
     "backends": 1,
+    "models": 1,
+    "prompts": 1,
+    "solvers": 1,
     "interventions": 2,
     "prefix": 2,
     "engine": 3,
     "decoding": 4,
-    "fitting": 5,
-    "baselines": 5,
+    "canvas": 4,
+    "heatmaps": 5,
     "evaluation": 5,
+    "fitting": 5,
     "attribution": 6,
-    "sweeps": 6,
     "figures": 6,
-    "cli": 7,
+    "paths": 6,
+    "selection": 6,
+    "sweeps": 6,
+    "recipes": 6,
+    "display": 7,
+    "cli": 8,
 }
-NEVER_IMPORT_TORCH = ("figures", "metrics")
+NEVER_IMPORT_TORCH = ("figures", "metrics", "rows")
 MODEL_CLASSES = {"HookedTransformer", "TransformerBridge"}
 KNOW_MODEL_CLASSES = {"models", "backends"}
 

@@ -106,7 +106,7 @@ def test_a_template_without_a_place_for_the_input_is_refused() -> None:
         PromptTemplate("Q: {question}")
 
 
-@pytest.mark.parametrize("field", ["text", "answer_prefix", "separator"])
+@pytest.mark.parametrize("field", ["text", "answer_prefix", "separator", "answer_end"])
 def test_a_template_field_that_is_not_text_is_refused(field: str) -> None:
     with pytest.raises(TypeError, match=f"{field} must be text, got None"):
         PromptTemplate(**{field: None})  # type: ignore[arg-type]  # the wrong type is the point
@@ -119,9 +119,9 @@ def test_prompt_and_answer_are_the_joint_tokens_where_the_prompt_is_their_prefix
     model = StubModel()
     [one] = tokenise(model, [KENYA])
     assert one.prompt == tuple(model.to_tokens("Q: Kenya\nA:")[0].tolist())
-    assert one.prompt + one.answer == tuple(model.to_tokens("Q: Kenya\nA: Nairobi")[0].tolist())
+    assert one.prompt + one.answer == tuple(model.to_tokens("Q: Kenya\nA: Nairobi\n")[0].tolist())
     assert (one.input, one.output) == ("Kenya", "Nairobi")
-    assert model.read(one.answer) == " Nairobi"
+    assert model.read(one.answer) == " Nairobi\n"
 
 
 def test_the_answer_keeps_merges_that_only_its_place_after_the_prompt_allows() -> None:
@@ -136,18 +136,18 @@ def test_the_answer_keeps_merges_that_only_its_place_after_the_prompt_allows() -
             return super().to_tokens(" " + input, prepend_bos, truncate)
 
     model = LeadingSpace()
-    [one] = tokenise(model, [KENYA], template=PromptTemplate(answer_prefix=""))
+    [one] = tokenise(model, [KENYA], template=PromptTemplate(answer_prefix="", answer_end=""))
     assert model.read(one.answer) == "Nairobi"
 
 
 def test_a_merge_across_the_seam_leaves_the_prompt_as_it_is_on_its_own() -> None:
     merging = StubModel(merges=((":", "Ġ"),))  # "A:" + " Nairobi" share the token ": "
-    joint = tuple(merging.to_tokens("Q: Kenya\nA: Nairobi")[0].tolist())
+    joint = tuple(merging.to_tokens("Q: Kenya\nA: Nairobi\n")[0].tolist())
     [one] = tokenise(merging, [KENYA])
     assert one.prompt == tuple(merging.to_tokens("Q: Kenya\nA:")[0].tolist())
     assert joint[: len(one.prompt)] != one.prompt
     assert BOS not in one.answer
-    assert merging.read(one.answer) == " Nairobi"
+    assert merging.read(one.answer) == " Nairobi\n"
     assert merging.read(one.prompt + one.answer) == merging.read(joint)
 
 
@@ -172,8 +172,8 @@ def test_whatever_the_merges_the_tokens_spell_the_text_and_the_prompt_is_its_own
         assert one.prompt == tuple(model.to_tokens(prompt)[0].tolist())
         assert one.prompt[0] == BOS
         assert BOS not in one.prompt[1:] + one.answer
-        assert model.read(one.prompt + one.answer) == prompt + " " + example.output
-        joint = tuple(model.to_tokens(prompt + " " + example.output)[0].tolist())
+        assert model.read(one.prompt + one.answer) == prompt + " " + example.output + "\n"
+        joint = tuple(model.to_tokens(prompt + " " + example.output + "\n")[0].tolist())
         if joint[: len(one.prompt)] == one.prompt:
             assert one.prompt + one.answer == joint
 
@@ -221,7 +221,7 @@ def test_both_transformer_lens_classes_give_what_the_plain_stub_gives(
 
 
 def test_an_answer_that_tokenises_to_nothing_is_refused_by_name() -> None:
-    template = PromptTemplate(answer_prefix="")
+    template = PromptTemplate(answer_prefix="", answer_end="")
     with pytest.raises(ValueError, match="output '~~' tokenises to nothing"):
         tokenise(StubModel(), [Example("Kenya", "~~")], template=template)
 
@@ -234,7 +234,7 @@ def test_an_empty_list_of_examples_or_prompts_is_refused() -> None:
 
 
 def test_prompt_and_answer_may_fill_the_context_but_not_exceed_it() -> None:
-    length = 1 + len("Q: Kenya\nA: Nairobi")
+    length = 1 + len("Q: Kenya\nA: Nairobi\n")
     [one] = tokenise(StubModel(n_ctx=length), [KENYA])
     assert len(one.prompt + one.answer) == length
     complaint = f"prompt and answer of 'Kenya' take {length} tokens.*context of {length - 1}"

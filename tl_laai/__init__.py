@@ -16,35 +16,53 @@ __version__ = "0.1.0"
 
 _ROOM_OF = {
     "Example": "tasks",
+    "FitProblem": "fitting",
     "Intervention": "interventions",
     "PromptTemplate": "prompts",
     "SparseGroupLasso": "penalties",
     "Task": "tasks",
+    "ablate_heads": "attribution",
+    "attribute": "attribution",
     "evaluate": "evaluation",
     "fingerprint": "models",
     "fit": "fitting",
+    "fit_auto": "selection",
+    "fit_many": "fitting",
+    "fit_path": "paths",
     "load_model": "models",
+    "sweep_layers": "sweeps",
 }
 
 __all__ = [
     "Example",
+    "FitProblem",
     "Intervention",
     "PromptTemplate",
     "SparseGroupLasso",
     "Task",
+    "ablate_heads",
+    "attribute",
     "evaluate",
     "fingerprint",
     "fit",
+    "fit_auto",
+    "fit_many",
+    "fit_path",
     "load_model",
+    "sweep_layers",
 ]
 
 if TYPE_CHECKING:
+    from tl_laai.attribution import ablate_heads, attribute
     from tl_laai.evaluation import evaluate
-    from tl_laai.fitting import fit
+    from tl_laai.fitting import FitProblem, fit, fit_many
     from tl_laai.interventions import Intervention
     from tl_laai.models import fingerprint, load_model
+    from tl_laai.paths import fit_path
     from tl_laai.penalties import SparseGroupLasso
     from tl_laai.prompts import PromptTemplate
+    from tl_laai.selection import fit_auto
+    from tl_laai.sweeps import sweep_layers
     from tl_laai.tasks import Example, Task
 else:
     # Hidden from type checkers, which would otherwise accept any misspelt name.

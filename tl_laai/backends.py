@@ -80,16 +80,8 @@ class Backend(ABC):
         self.d_head = int(cfg.d_head)
         self.d_model = int(cfg.d_model)
         self.n_ctx = int(cfg.n_ctx)
-        parameter = next(model.parameters())
-        self.dtype: torch.dtype = parameter.dtype
-        self.device: torch.device = parameter.device
+        self.dtype, self.device = _kind_of_weights(model)
         self.verified_length = 0
-        for flag in ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"):
-            if getattr(cfg, flag, False):
-                raise ValueError(
-                    f"model.cfg.{flag} is True: the engine packs tokens and cannot split a block's "
-                    f"input by head. Set it to False (model.set_{flag}(False)) and fit again."
-                )
 
     @property
     def model(self) -> Any:
@@ -149,7 +141,7 @@ class Backend(ABC):
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own logits by its own forward, without padding."""
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(self.model):
             return cast(
                 Tensor,
                 self.model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens)),
@@ -223,8 +215,8 @@ class Backend(ABC):
         """The residual before block 0 of single tokens at given positions."""
         rotary = getattr(self.model.cfg, "positional_embedding_type", None) == "rotary"
         columns = torch.zeros_like(positions) if rotary else positions
-        grid = tokens.new_zeros((tokens.shape[0], int(columns.max()) + 1))
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        rows = rank_within(columns)
+        grid = tokens.new_zeros((int(rows.max()) + 1, int(columns.max()) + 1))
         grid[rows, columns] = tokens
         found: list[Tensor] = []
 
@@ -254,13 +246,19 @@ class Backend(ABC):
 
             return forward
 
+        attributes = [vars(self.attention(layer)) for layer in range(self.n_layers)]
+        # Other libraries too put a forward of their own on a module.
+        found = [own.get("forward") for own in attributes]
         try:
-            for layer in range(self.n_layers):
-                self.attention(layer).__dict__["forward"] = forward_of(layer)
-            yield
+            for layer, own in enumerate(attributes):
+                own["forward"] = forward_of(layer)
+            with _without_dropout(self.model):
+                yield
         finally:
-            for layer in range(self.n_layers):
-                self.attention(layer).__dict__.pop("forward", None)
+            for own, forward in zip(attributes, found, strict=True):
+                own.pop("forward", None)
+                if forward is not None:
+                    own["forward"] = forward
 
 
 class HookedBackend(Backend):
@@ -364,8 +362,6 @@ class BridgeBackend(Backend):
         inner = attn.original_component
         config = getattr(inner, "config", None)
         scale = float(getattr(inner, "scaling", None) or self.d_head**-0.5)
-        if getattr(self.model.cfg, "scale_attn_by_inverse_layer_idx", False):
-            scale /= layer + 1
         window = getattr(inner, "sliding_window", None)
         if not hasattr(inner, "sliding_window"):
             kinds = getattr(config, "layer_types", None)
@@ -457,7 +453,7 @@ _BACKENDS: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
 
 
 def backend_of(model: Any) -> Backend:
-    """The backend of a model, built once a model.
+    """The backend of a model, built once a model, and again when its dtype or device changed.
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, as loaded by anyone.
@@ -466,15 +462,57 @@ def backend_of(model: Any) -> Backend:
         TypeError: the model is of another class.
         ValueError: the model has a feature that cannot be frozen exactly.
     """
-    if model not in _BACKENDS:
-        names = {cls.__name__ for cls in type(model).__mro__}
-        if "HookedTransformer" in names:
-            _BACKENDS[model] = HookedBackend(model)
-        elif "TransformerBridge" in names:
-            _BACKENDS[model] = BridgeBackend(model)
-        else:
-            raise TypeError(
-                f"model is a {type(model).__name__}; expected a TransformerLens HookedTransformer "
-                "or TransformerBridge. Load one with tl_laai.load_model(name_or_path)."
+    names = {cls.__name__ for cls in type(model).__mro__}
+    kinds = {"HookedTransformer": HookedBackend, "TransformerBridge": BridgeBackend}
+    kind = next((kinds[name] for name in kinds if name in names), None)
+    if kind is None:
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a TransformerLens HookedTransformer "
+            "or TransformerBridge. Load one with tl_laai.load_model(name_or_path)."
+        )
+    for flag in ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"):
+        if getattr(model.cfg, flag, False):
+            raise ValueError(
+                f"model.cfg.{flag} is True: the engine packs tokens and cannot split a block's "
+                f"input by head. Set it to False (model.set_{flag}(False)) and fit again."
             )
-    return _BACKENDS[model]
+    known = _BACKENDS.get(model)
+    if known is None or (known.dtype, known.device) != _kind_of_weights(model):
+        known = _BACKENDS[model] = kind(model)
+    return known
+
+
+def rank_within(groups: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """How many earlier entries belong to the same group, for each entry.
+
+    Example:
+        >>> rank_within(torch.tensor([2, 0, 2, 2, 0]))
+        tensor([0, 0, 1, 2, 1])
+    """
+    order = torch.argsort(groups, stable=True)
+    counts = torch.bincount(groups)
+    first = (torch.cumsum(counts, 0) - counts)[groups[order]]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - first
+    return rank
+
+
+def _kind_of_weights(model: Any) -> tuple[torch.dtype, torch.device]:
+    parameter = next(model.parameters())
+    return parameter.dtype, parameter.device
+
+
+@contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    """Put every module in eval mode, and each back into its own mode afterwards."""
+    # A bridge does not list all modules of the model that it wraps among its own.
+    wrapped = getattr(model, "original_model", model)
+    every = {*model.modules(), *wrapped.modules()}
+    training = [module for module in every if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

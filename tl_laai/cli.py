@@ -18,7 +18,7 @@ from tl_laai import __version__, display
 from tl_laai.recipes import (
     DEFAULT_TEST,
     DEFAULT_TRAIN,
-    TaskData,
+    compare,
     draw,
     record,
     recorded_data,
@@ -28,10 +28,8 @@ from tl_laai.recipes import (
 from tl_laai.tasks import Task, available_tasks, load_task
 
 if TYPE_CHECKING:
-    from tl_laai.evaluation import Evaluation
     from tl_laai.interventions import Intervention
     from tl_laai.penalties import SparseGroupLasso
-    from tl_laai.prompts import PromptTemplate
 
 # The same as in the library's rooms, whose import takes seconds; a test compares them.
 Backend = Literal["auto", "hooked", "bridge"]
@@ -40,7 +38,6 @@ Solver = Literal["proximal", "adam"]
 
 DEFAULT_ALPHA = 0.9
 DEMO_MODEL, DEMO_TASK, DEMO_LAYER, DEMO_ALPHA = "gemma-3-270m", "country-capital", 9, 0.9
-CONDITIONS = ("zero_shot", "few_shot", "intervened")
 
 _USAGE = (ValueError, TypeError, FileNotFoundError)
 _FAILED = (ArithmeticError, MemoryError, OSError, RuntimeError)
@@ -75,7 +72,6 @@ Folder = Annotated[str, typer.Argument(metavar="DIR", help="A saved intervention
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 OtherModel = Annotated[str | None, typer.Option("--model", help="Not the recorded model.")]
 OtherBackend = Annotated[Backend | None, typer.Option("--backend", help="Not the recorded one.")]
-Weight = Annotated[float | None, typer.Option(min=0)]
 
 
 def main() -> None:
@@ -83,10 +79,11 @@ def main() -> None:
     app()
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"laai {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -108,10 +105,9 @@ def demo(
 ) -> None:
     """See it work: Gemma 3 270M learns country to capital from ten examples, in minutes."""
     from tl_laai.fitting import fit as fit_one
-    from tl_laai.prompts import DEFAULT_TEMPLATE
 
     _check_out(out)
-    data = draw(Task.load(DEMO_TASK))
+    data = draw(load_task(DEMO_TASK))
     model = _load(DEMO_MODEL)
     with display.solver_bar(f"Fitting layer {DEMO_LAYER} on {len(data.train)} examples") as bar:
         fitted = fit_one(
@@ -122,7 +118,8 @@ def demo(
             provenance=record(DEMO_MODEL, "auto", data),
             callback=bar,
         )
-    results = _answer(model, fitted.intervention, data, DEFAULT_TEMPLATE)
+    with display.step(f"Answering {len(data.test)} questions"):
+        results = compare(model, fitted.intervention, data)
     fitted.intervention.save_pretrained(out)
     display.show_results(data.task.name, results, n_shown=len(data.train))
     display.show_fit(fitted)
@@ -244,11 +241,11 @@ def evaluate(
             style="yellow",
         )
     loaded = _load_for(intervention, model, backend)
-    results = _answer(loaded, intervention, data, template, few_shot=few_shot)
+    with display.step(f"Answering {len(data.test)} questions"):
+        results = compare(loaded, intervention, data, template=template, few_shot=few_shot)
     if json:
-        display.show_json(
-            {name: results[name].to_dict() if name in results else None for name in CONDITIONS}
-        )
+        shown = {name: results[name].to_dict() for name in results}
+        display.show_json({"zero_shot": None, "few_shot": None, "intervened": None} | shown)
     else:
         display.show_results(data.task.name, results, n_shown=len(data.train))
 
@@ -379,26 +376,3 @@ def _load_for(intervention: Intervention, model: str | None, backend: str | None
     loaded = _load(*recorded_model(intervention.provenance, model=model, backend=backend))
     intervention.check_model(loaded, strict=True)
     return loaded
-
-
-def _answer(
-    model: Any,
-    intervention: Intervention,
-    data: TaskData,
-    template: PromptTemplate,
-    *,
-    few_shot: bool = True,
-) -> dict[str, Evaluation]:
-    from tl_laai.decoding import Edit
-    from tl_laai.evaluation import as_edit, evaluate_edits
-    from tl_laai.evaluation import evaluate as evaluate_one
-
-    edits = {"zero_shot": Edit(), "intervened": as_edit(model, intervention)}
-    with display.step(f"Answering {len(data.test)} questions, without and with the intervention"):
-        results = evaluate_edits(model, data.test, edits, template=template)
-    if few_shot:
-        with display.step(f"Answering them after {len(data.train)} demonstrations"):
-            results["few_shot"] = evaluate_one(
-                model, data.test, demonstrations=data.train, template=template
-            )
-    return results

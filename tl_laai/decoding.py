@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,35 @@ class Edit:
     position: Position = "prompt_end"
     scale: Mapping[int, Float[Tensor, " n_heads"]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.position not in get_args(Position):
+            raise ValueError(f"position is {self.position!r}; use one of {get_args(Position)}.")
+        for name, tensors, axes in (("deltas", self.deltas, 2), ("scale", self.scale, 1)):
+            for layer, tensor in tensors.items():
+                if tensor.ndim != axes:
+                    wanted = "[n_heads, d_head]" if axes == 2 else "[n_heads]"
+                    raise ValueError(
+                        f"{name}[{layer}] has shape {list(tensor.shape)}; give {wanted}."
+                    )
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name}[{layer}] holds NaN or infinity; give finite numbers.")
+
+    def check_fits(self, n_layers: int, n_heads: int, d_head: int) -> None:
+        """Refuse a model that has not these layers, or heads of other shapes."""
+        for name, tensors, shape in (
+            ("deltas", self.deltas, [n_heads, d_head]),
+            ("scale", self.scale, [n_heads]),
+        ):
+            for layer, tensor in tensors.items():
+                if layer not in range(n_layers):
+                    raise ValueError(
+                        f"{name} has layer {layer}; this model has layers 0 to {n_layers - 1}."
+                    )
+                if list(tensor.shape) != shape:
+                    raise ValueError(
+                        f"{name}[{layer}] has shape {list(tensor.shape)}; this model needs {shape}."
+                    )
+
 
 class _Edits:
     """Edits of a batch of rows, stacked by layer."""
@@ -47,6 +76,7 @@ class _Edits:
         self.deltas: dict[int, Tensor] = {}
         self.scales: dict[int, Tensor] = {}
         for i, edit in enumerate(edits):
+            edit.check_fits(backend.n_layers, backend.n_heads, backend.d_head)
             for layer, delta in edit.deltas.items():
                 none = like.new_zeros((*shape, backend.d_head))
                 self.deltas.setdefault(layer, none)[i] = delta.to(like)
@@ -69,6 +99,8 @@ class _Edits:
 def _batches(prompts: FrozenPrompts, n_edits: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs `(edit index, example index)` of all rows, a bounded number at a time."""
     n_examples = len(prompts.examples)
+    if not n_edits:
+        return
     edit = torch.arange(n_edits).repeat_interleave(n_examples)
     example = torch.arange(n_examples).repeat(n_edits)
     yield from zip(edit.split(ROWS_AT_ONCE), example.split(ROWS_AT_ONCE), strict=True)
@@ -120,8 +152,9 @@ def decode(
 ) -> list[list[tuple[int, ...]]]:
     """Greedy continuations of each prompt under each edit.
 
-    A continuation ends before its first token that contains a newline or is an end token, or
-    after `max_new_tokens`.
+    A continuation ends before its first special token (such as an end of text), with its first
+    token that contains a newline (left out if nothing but white space stands before the newline),
+    or after `max_new_tokens`.
 
     Example:
         >>> decode(prompts, [Edit(), Edit({9: delta})], max_new_tokens=8)  # doctest: +SKIP
@@ -179,8 +212,10 @@ def _decode_rows(
         choice = greedy(backend.final_norm(at_end), head.weight, bias=head.bias)
         going = []
         for i, (row, token) in enumerate(zip(active.tolist(), choice.tolist(), strict=True)):
-            if not ends(token):
+            belongs, is_last = ends(token)
+            if belongs:
                 written[row].append(token)
+            if not is_last:
                 going.append(i)
         if not going:
             break
@@ -193,16 +228,22 @@ def _decode_rows(
 
 
 class _EndTokens:
-    """Tells tokens that end an answer: they contain a newline, or end the text."""
+    """Tells of a token whether it belongs to an answer, and whether it is the last to be read."""
 
     def __init__(self, model: Any) -> None:
         self.tokenizer = model.tokenizer
-        self.known: dict[int, bool] = {}
+        self.known: dict[int, tuple[bool, bool]] = {}
 
-    def __call__(self, token: int) -> bool:
+    def __call__(self, token: int) -> tuple[bool, bool]:
         if token not in self.known:
-            is_end = token == self.tokenizer.eos_token_id
-            self.known[token] = is_end or "\n" in self.tokenizer.decode([token])
+            text = self.tokenizer.decode([token])
+            plain = self.tokenizer.decode([token], skip_special_tokens=True)
+            if token == self.tokenizer.eos_token_id or (text and not plain):
+                self.known[token] = (False, True)
+            else:
+                line, newline, _ = text.partition("\n")
+                # Some tokenizers have a token of, say, a full stop and a newline.
+                self.known[token] = (not newline or bool(line.strip()), bool(newline))
         return self.known[token]
 
 

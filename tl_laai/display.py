@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.bar import Bar
 from rich.console import Console
@@ -29,6 +29,7 @@ err = Console(stderr=True, highlight=False)
 _BAR_WIDTH = 32
 
 
+@runtime_checkable
 class SolverProgress(Protocol):
     """What a solver tells after each evaluation."""
 
@@ -110,7 +111,8 @@ def solver_bar(
         TextColumn("{task.fields[objective]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    hidden = not err.is_terminal  # in a log it would leave an empty line
+    with Progress(*columns, console=err, transient=True, disable=hidden) as progress:
         bar = progress.add_task(description, total=total, objective="")
 
         def callback(state: SolverProgress) -> None:
@@ -249,8 +251,8 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _one_line(value: Any) -> str:
-    if isinstance(value, str):
-        return value.replace("\n", "\\n")
+    if isinstance(value, str) and value == value.strip() and "\n" not in value:
+        return value  # any other text in quotation marks, with \n for a newline
     if isinstance(value, float):
         return f"{value:.6g}"
     return json.dumps(value, ensure_ascii=False)

@@ -43,13 +43,7 @@ class Engine:
         max_memory: float = 1.0,
     ) -> None:
         backend = prompts.backend
-        for layer in layers:
-            if not 0 <= layer < backend.n_layers:
-                raise ValueError(
-                    f"layer is {layer}; this model has layers 0 to {backend.n_layers - 1}."
-                )
-        if position not in ("prompt_end", "every_step"):
-            raise ValueError(f"position is {position!r}; use 'prompt_end' or 'every_step'.")
+        _check_problems(prompts, layers, rows, position)
         self.prompts, self.position = prompts, position
         self.layers = tuple(layers)
         self.rows = tuple(torch.tensor(list(r), device=backend.device) for r in rows)
@@ -136,6 +130,30 @@ class Engine:
                 gradient += torch.autograd.grad(loss.sum(), leaf)[0]
             total += loss.detach()
         return total, gradient
+
+
+def _check_problems(
+    prompts: FrozenPrompts,
+    layers: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    position: Position,
+) -> None:
+    n_layers = prompts.backend.n_layers
+    if position not in ("prompt_end", "every_step"):
+        raise ValueError(f"position is {position!r}; use 'prompt_end' or 'every_step'.")
+    if len(layers) != len(rows):
+        raise ValueError(
+            f"layers has {len(layers)} entries and rows {len(rows)}: give one of each a problem."
+        )
+    for layer in layers:
+        if layer not in range(n_layers):
+            raise ValueError(f"layer is {layer}; this model has layers 0 to {n_layers - 1}.")
+    for i, own in enumerate(rows):
+        if not own:
+            raise ValueError(f"rows[{i}] is empty: a problem needs at least one example.")
+        silent = [e.input for e in (prompts.examples[row] for row in own) if not e.answer]
+        if silent:
+            raise ValueError(f"examples {silent[:5]} have no answer to fit: leave them out.")
 
 
 class _Plan:

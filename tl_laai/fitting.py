@@ -11,15 +11,15 @@ defaults here are ours. `fit_many` runs any number of fits as one batch and is w
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_laai.artifacts import library_versions
 from tl_laai.engine import Engine
 from tl_laai.fingerprints import fingerprint
 from tl_laai.hooking import Position
@@ -168,83 +168,145 @@ def fit_many(
     Returns:
         One fit a problem, in order.
     """
-    if not problems:
-        raise ValueError("problems is empty: give at least one FitProblem.")
-    if solver not in ("proximal", "adam"):
-        raise ValueError(f"solver is {solver!r}; use 'proximal' or 'adam'.")
-    for problem in problems:
-        _check_problem(problem)
-    engine = _engine(model, problems, position, template, max_memory)
-    backend = engine.prompts.backend
-    shape = (len(problems), backend.n_heads, backend.d_head)
-    zero = torch.zeros(shape, dtype=_state_dtype(backend.dtype), device=backend.device)
-    everyone = torch.arange(len(problems), device=backend.device)
-    penalty, lambda_max = _penalties(engine, problems, zero, everyone)
-    start = zero.clone()
-    for i, problem in enumerate(problems):
-        if problem.start is not None:
-            start[i] = problem.start.to(start)
-    if solver == "adam":
-        solutions = adam(
-            engine.value_and_grad,
-            start,
-            penalty,
-            learning_rate=learning_rate,
-            steps=max_evaluations,
-            callback=callback,
-        )
-    else:
-        solutions = proximal_gradient(
-            engine.value_and_grad,
-            start,
-            penalty,
+    batch = FitBatch(model, problems, position=position, template=template, max_memory=max_memory)
+    return batch.fits(
+        batch.solve(
+            solver=solver,
             tolerance=tolerance,
             max_evaluations=max_evaluations,
+            learning_rate=learning_rate,
             callback=callback,
         )
-    mark = fingerprint(model)
-    fits = []
-    for i, (problem, solution) in enumerate(zip(problems, solutions, strict=True)):
-        if solution.status is Status.NON_FINITE:
-            raise ValueError(
-                f"layer={problem.layer}: the loss or its gradient is not finite at the start of "
-                "the fit. Use a wider dtype (float32), or examples that the model can score."
-            )
-        own = SparseGroupLasso(*(float(_at(w, i)) for w in (penalty.l1, penalty.group)))
-        settings = {
+    )
+
+
+class FitBatch:
+    """Many fits on one engine: prompts frozen once, solved as often as one likes.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        problems: the fits.
+        position: where Delta is added.
+        template: how inputs become prompts.
+        max_memory: GiB that one chunk of rows may take above the model. The estimate for all
+            of the batch is logged (logger `tl_laai`, level INFO) before it is allocated.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        problems: Sequence[FitProblem],
+        *,
+        position: Position = "prompt_end",
+        template: PromptTemplate = DEFAULT_TEMPLATE,
+        max_memory: float = 1.0,
+    ) -> None:
+        if not problems:
+            raise ValueError("problems is empty: give at least one FitProblem.")
+        for problem in problems:
+            _check_problem(problem)
+        self.model, self.problems = model, tuple(problems)
+        self.position, self.template = position, template
+        self.engine = _engine(model, problems, position, template, max_memory)
+        backend = self.engine.prompts.backend
+        shape = (len(problems), backend.n_heads, backend.d_head)
+        self.zero = torch.zeros(shape, dtype=_state_dtype(backend.dtype), device=backend.device)
+        self.everyone = torch.arange(len(problems), device=backend.device)
+        self.penalty, self.lambda_max = _penalties(self.engine, problems, self.zero, self.everyone)
+        self._settings: dict[str, Any] = {}
+
+    def solve(
+        self,
+        *,
+        start: Float[Tensor, "n_problems n_heads d_head"] | None = None,
+        penalty: SparseGroupLasso | None = None,
+        solver: Solver = "proximal",
+        tolerance: float = 1e-3,
+        max_evaluations: int = 150,
+        learning_rate: float = 0.1,
+        callback: Callable[[Any], None] | None = None,
+    ) -> tuple[Solution, ...]:
+        """Solve all problems, from each problem's own start and penalty unless others are given.
+
+        Raises:
+            ValueError: an unknown solver, or a loss that is not finite at the start.
+        """
+        if solver not in ("proximal", "adam"):
+            raise ValueError(f"solver is {solver!r}; use 'proximal' or 'adam'.")
+        if start is None:
+            start = self.zero.clone()
+            for i, problem in enumerate(self.problems):
+                if problem.start is not None:
+                    start[i] = problem.start.to(start)
+        own = self.penalty if penalty is None else penalty
+        evaluate = self.engine.value_and_grad
+        self._settings = {
             "solver": solver,
             "tolerance": tolerance,
             "max_evaluations": max_evaluations,
-            **({"learning_rate": learning_rate} if solver == "adam" else {}),
         }
-        provenance = {
-            **problem.provenance,
-            "n_train": len(problem.examples),
-            "layer": problem.layer,
-            "template": {
-                "text": template.text,
-                "answer_prefix": template.answer_prefix,
-                "separator": template.separator,
-            },
-            "penalty": {"l1": own.l1, "group": own.group, "lambda_max": lambda_max[i]},
-            "solver": settings,
-            "solution": {
-                "status": solution.status.name.lower(),
-                "objective": solution.objective,
-                "loss": solution.loss,
-                "stationarity": solution.stationarity,
-                "n_evaluations": solution.n_evaluations,
-            },
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "transformers", "transformer-lens")
-            },
-        }
-        intervention = Intervention(
-            {problem.layer: solution.delta.cpu()}, position, mark, provenance
-        )
-        fits.append(Fit(intervention, solution, own, lambda_max[i], problem.layer))
-    return tuple(fits)
+        if solver == "adam":
+            self._settings["learning_rate"] = learning_rate
+            solutions = adam(
+                evaluate,
+                start,
+                own,
+                learning_rate=learning_rate,
+                steps=max_evaluations,
+                callback=callback,
+            )
+        else:
+            solutions = proximal_gradient(
+                evaluate,
+                start,
+                own,
+                tolerance=tolerance,
+                max_evaluations=max_evaluations,
+                callback=callback,
+            )
+        for problem, solution in zip(self.problems, solutions, strict=True):
+            if solution.status is Status.NON_FINITE:
+                raise ValueError(
+                    f"layer={problem.layer}: the loss or its gradient is not finite at the start "
+                    "of the fit. Use a wider dtype (float32), or examples the model can score."
+                )
+        return solutions
+
+    def fits(
+        self, solutions: Sequence[Solution], penalty: SparseGroupLasso | None = None
+    ) -> tuple[Fit, ...]:
+        """Solutions as fits: interventions with fingerprint and provenance."""
+        used = self.penalty if penalty is None else penalty
+        mark = fingerprint(self.model)
+        versions = library_versions()
+        fits = []
+        for i, (problem, solution) in enumerate(zip(self.problems, solutions, strict=True)):
+            own = SparseGroupLasso(*(float(_at(w, i)) for w in (used.l1, used.group)))
+            provenance = {
+                **problem.provenance,
+                "n_train": len(problem.examples),
+                "layer": problem.layer,
+                "template": asdict(self.template),
+                "penalty": {
+                    "l1": own.l1,
+                    "group": own.group,
+                    "lambda_max": self.lambda_max[i],
+                },
+                "solver": self._settings,
+                "solution": {
+                    "status": solution.status.value,
+                    "objective": solution.objective,
+                    "loss": solution.loss,
+                    "stationarity": solution.stationarity,
+                    "n_evaluations": solution.n_evaluations,
+                },
+                "versions": versions,
+            }
+            intervention = Intervention(
+                {problem.layer: solution.delta.cpu()}, self.position, mark, provenance
+            )
+            fits.append(Fit(intervention, solution, own, self.lambda_max[i], problem.layer))
+        return tuple(fits)
 
 
 def _check_problem(problem: FitProblem) -> None:

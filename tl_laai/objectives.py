@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SLICE_ELEMENTS = 1 << 22
 """Largest number of logits alive at once; 16 MiB in float32."""
@@ -50,7 +51,8 @@ class _UnembeddedCrossEntropy(torch.autograd.Function):
             squashed = torch.tanh(target_logit / softcap)
             target_logit, target_slope = softcap * squashed, 1 - squashed.square()
 
-        peak = source.new_full((n, 1), -torch.inf, dtype=accumulate)
+        # Not -inf: a slice in which a bias of -inf forbids every token would give inf - inf.
+        peak = source.new_full((n, 1), torch.finfo(accumulate).min, dtype=accumulate)
         total = source.new_zeros((n, 1), dtype=accumulate)
         pulled = source.new_zeros((n, d), dtype=accumulate)
         width = slice_width(n, weight.shape[0], d)
@@ -86,6 +88,7 @@ class _UnembeddedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (grad_outputs[0][:, None] * gradient).to(gradient.dtype), None, None, None, None

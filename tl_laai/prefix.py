@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_laai.backends import Backend, backend_of
+from tl_laai.backends import Backend, backend_of, rank_within
 from tl_laai.prompts import TokenisedExample
 
 _NEVER = 1 << 30
@@ -92,11 +92,13 @@ def freeze(
             context is run once for all; right for decoding without an edit in the context.
 
     Raises:
-        ValueError: no examples, or a model whose attention cannot be frozen exactly.
+        TypeError: a model of another class.
+        ValueError: no examples, attached hooks, or attention that cannot be frozen exactly.
     """
     if not examples:
         raise ValueError("examples is empty: give at least one tokenised example.")
     backend = backend_of(model)
+    _check_no_hooks(model)
     common = _common_prefix(examples) if share_prefix else None
     frozen = [
         e.prompt[: len(e.prompt) - 1 if common is None else min(common, len(e.prompt) - 1)]
@@ -140,6 +142,17 @@ def freeze(
     )
     _verify(prompts)
     return prompts
+
+
+def _check_no_hooks(model: Any) -> None:
+    """Refuse attached hooks: they would see packed tokens, at positions that are not theirs."""
+    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    if hooked:
+        raise ValueError(
+            f"model has hooks at {hooked[:3]}, {len(hooked)} in all: they cannot be honoured where "
+            "prompts are frozen. Call model.reset_hooks(including_permanent=True), or leave the "
+            "block in which an intervention is applied_to it."
+        )
 
 
 def _common_prefix(examples: Sequence[TokenisedExample]) -> int:
@@ -220,13 +233,8 @@ class Packing:
         self.positions = prompts.positions[self.token]
         self.last = starts + lengths - 1
         self.used, prefix = torch.unique(prompts.prefix_of[rows], return_inverse=True)
-        counts = torch.bincount(prefix)
-        order = torch.argsort(prefix, stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = (
-            torch.arange(n_rows, device=device) - (torch.cumsum(counts, 0) - counts)[prefix[order]]
-        )
-        self.grid = (len(self.used), int(counts.max()), int(lengths.max()))
+        rank = rank_within(prefix)
+        self.grid = (len(self.used), int(rank.max()) + 1, int(lengths.max()))
         self.row_slot = prefix * self.grid[1] + rank
         self.slot = self.row_slot[self.row] * self.grid[2] + self.step
         per_stage = torch.bincount(stages.to(device)[self.row], minlength=n_stages)
@@ -449,11 +457,16 @@ def _verify(prompts: FrozenPrompts) -> None:
             shift = (logits - expected).float()
             spread = expected.float().std()
             worst = float((shift - shift.mean(-1, keepdim=True)).abs().max() / spread)
-    if not worst <= tolerance:
+    if not math.isfinite(worst):
+        raise ValueError(
+            f"model {type(prompts.model).__name__}: its own forward over {example.input!r} is not "
+            "finite. Look for NaN among its weights, or load it in a wider dtype (float32)."
+        )
+    if worst > tolerance:
         raise ValueError(
             f"model {type(prompts.model).__name__}: its own forward and the frozen-prefix engine "
             f"differ by {worst:.1e} (relative; {tolerance:.0e} is allowed), so its attention has "
-            "a feature that the engine does not know, or hooks are still attached. Call "
-            "model.reset_hooks(); if that does not help, this model cannot be fitted."
+            "a feature that the engine does not know, or torch hooks are attached to its modules. "
+            "Remove those; if that does not help, this model cannot be fitted."
         )
     backend.verified_length = max(backend.verified_length, lengths[longest])

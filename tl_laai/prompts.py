@@ -41,6 +41,9 @@ class PromptTemplate:
         answer_prefix: What stands between prompt and output, and belongs to the answer: most
             tokenisers make one token of a space and the word after it.
         separator: What stands between demonstrations, and before the query.
+        answer_end: What ends an answer and belongs to what is learnt and scored: exact match
+            reads up to the first newline, so a model that runs on has not answered. Without it
+            a fit learns "Accra, Ghana" as readily as "Accra".
 
     Raises:
         TypeError: A field is not text.
@@ -50,9 +53,10 @@ class PromptTemplate:
     text: str = "Q: {input}\nA:"
     answer_prefix: str = " "
     separator: str = "\n\n"
+    answer_end: str = "\n"
 
     def __post_init__(self) -> None:
-        for field in ("text", "answer_prefix", "separator"):
+        for field in ("text", "answer_prefix", "separator", "answer_end"):
             value: object = getattr(self, field)
             if not isinstance(value, str):
                 raise TypeError(f"{field} must be text, got {value!r}; write it as a string")
@@ -186,21 +190,26 @@ def _tokenise_one(
         template.answer(example.output),
     )
     prompt = _prompt_tokens(model, text)
-    joint = _ids(model, text + answer_text)
-    if joint[: len(prompt)] == prompt:
-        answer = joint[len(prompt) :]
-    else:
-        # The tokeniser merges across the seam, or ends texts with a special token. A model
-        # asked the prompt has read the prompt's own tokens, and can only continue those: so
-        # they stay as they are, and the answer is what it could write after them.
-        answer = _ids(model, answer_text, prepend_bos=False)
-    if not answer:
+    if not _continuation(model, prompt, text, answer_text):
         raise ValueError(
             f"output {example.output!r} tokenises to nothing; drop the example, or choose an "
             "output that this model's tokenizer knows"
         )
+    answer = _continuation(model, prompt, text, answer_text + template.answer_end)
     _check_length(model, len(prompt) + len(answer), f"the prompt and answer of {example.input!r}")
     return TokenisedExample(prompt, answer, example.input, example.output)
+
+
+def _continuation(
+    model: TokenisingModel, prompt: tuple[int, ...], text: str, answer: str
+) -> tuple[int, ...]:
+    joint = _ids(model, text + answer)
+    if joint[: len(prompt)] == prompt:
+        return joint[len(prompt) :]
+    # The tokeniser merges across the seam, or ends texts with a special token. A model asked the
+    # prompt has read the prompt's own tokens, and can only continue those: so they stay as they
+    # are, and the answer is what it could write after them.
+    return _ids(model, answer, prepend_bos=False)
 
 
 def _prompt_tokens(model: TokenisingModel, text: str) -> tuple[int, ...]:

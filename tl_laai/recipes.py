@@ -4,7 +4,8 @@
     task   name, source, digest     which data; a digest that differs is refused
     split  train, test, seed        the examples fitted on, and those held out
 
-So a saved intervention can be evaluated on its own held-out examples with nothing else said.
+So a saved intervention can be evaluated on its own held-out examples with nothing else said, and
+compared with the same model zero-shot and prompted with the same examples.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from tl_laai.tasks import Example, Task, load_task, same_input_key
 
 if TYPE_CHECKING:
+    from tl_laai.evaluation import Evaluation
+    from tl_laai.interventions import Intervention
     from tl_laai.prompts import PromptTemplate
 
 DEFAULT_TRAIN, DEFAULT_TEST = 10, 100
@@ -180,7 +183,7 @@ def recorded_template(provenance: Mapping[str, Any]) -> PromptTemplate:
     Raises:
         TypeError, ValueError: what is recorded is no template.
     """
-    from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate  # not needed to draw examples
+    from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate  # imports torch
 
     default = DEFAULT_TEMPLATE
     return PromptTemplate(
@@ -188,6 +191,46 @@ def recorded_template(provenance: Mapping[str, Any]) -> PromptTemplate:
         answer_prefix=_or(_lookup(provenance, "template", "answer_prefix"), default.answer_prefix),
         separator=_or(_lookup(provenance, "template", "separator"), default.separator),
     )
+
+
+def compare(
+    model: Any,
+    intervention: Intervention,
+    data: TaskData,
+    *,
+    template: PromptTemplate | None = None,
+    few_shot: bool = True,
+) -> dict[str, Evaluation]:
+    """Answer the held-out examples zero-shot, after demonstrations, and intervened.
+
+    Example:
+        >>> compare(model, capital, data)["intervened"].exact_match  # doctest: +SKIP
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        intervention: fitted on `data.train`, which are the demonstrations.
+        data: what is held out.
+        template: that of the fit; None for the default one.
+        few_shot: False leaves the demonstrations out, and with them the longest prompts.
+
+    Returns:
+        Evaluations called `zero_shot`, `few_shot` and `intervened`.
+
+    Raises:
+        ValueError: another model than that of the fit, or a prompt longer than its context.
+    """
+    from tl_laai.decoding import Edit  # these import torch, which drawing examples can do without
+    from tl_laai.evaluation import as_edit, evaluate, evaluate_edits
+    from tl_laai.prompts import DEFAULT_TEMPLATE
+
+    template = template or DEFAULT_TEMPLATE
+    edits = {"zero_shot": Edit(), "intervened": as_edit(model, intervention)}
+    results = evaluate_edits(model, data.test, edits, template=template)
+    if few_shot:
+        results["few_shot"] = evaluate(
+            model, data.test, demonstrations=data.train, template=template
+        )
+    return results
 
 
 def _or(value: Any, default: str) -> Any:

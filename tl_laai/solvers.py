@@ -275,16 +275,13 @@ def _quasi_newton(
             return Status.CONVERGED, here
         if evaluations >= max_evaluations:
             return Status.MAX_EVALUATIONS, best
-        held = damping
-        while True:
-            delta = _model_minimiser(here, curvature, held * curvature.scale, penalty)
-            step = delta.double() - here.delta.double()
-            excess = _norm(step) / (_STEP_GROWTH * longest)
-            if not excess > 1:
-                break
-            held = (1 + held) * max(excess, 1.1) - 1
+        delta = _model_minimiser(here, curvature, damping * curvature.scale, penalty)
+        excess = _norm(delta - here.delta) / (_STEP_GROWTH * longest)
+        if excess > 1:
+            delta = here.delta + (delta - here.delta) / excess
+        step = delta.double() - here.delta.double()
         shed = penalty.value(here.delta).item() - penalty.value(delta).item()
-        bend = _dot(step, curvature.times(step)) + held * curvature.scale * _dot(step, step)
+        bend = _dot(step, curvature.times(step)) + damping * curvature.scale * _dot(step, step)
         foretold = shed - _dot(here.gradient, step) - bend / 2
         if not (foretold > 0 and damping < _MOST_DAMPING):
             return Status.STALLED, best
@@ -404,7 +401,7 @@ def _norm(values: Tensor) -> float:
     return math.sqrt(_dot(values, values))
 
 
-def _check_positive(name: str, value: float) -> None:
+def _check_positive(name: str, value: float | int) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value}; give a finite number above 0.")
 

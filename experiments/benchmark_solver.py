@@ -1,0 +1,87 @@
+"""Does the solver converge? Stationarity and objective on real problems, with Adam beside it.
+
+    python experiments/benchmark_solver.py            # table
+    python experiments/benchmark_solver.py --json     # one row a line
+
+4 tasks x 4 layers x 3 group penalties on the packaged model, ten examples each. A problem counts
+as converged where stationarity is at most 1e-3 * max(1, ||delta||) within 150 gradient
+evaluations. Adam minimises the same objective with the same number of evaluations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from common import FIGURES, tasks, write_rows
+
+MODEL = "gemma-3-270m"
+TASKS = ("country-capital", "antonym", "english-french", "singular-plural")
+LAYERS = (3, 6, 9, 12)
+ALPHAS = (0.3, 0.6, 0.9)
+N_TRAIN, SEED = 10, 0
+TOLERANCE, LIMIT = 1e-3, 150
+
+
+def compute() -> list[dict[str, object]]:
+    from tl_laai import FitProblem, load_model
+    from tl_laai.fitting import FitBatch
+
+    model = load_model(MODEL, device="cpu")
+    rows = []
+    for task in tasks(TASKS):
+        train = task.split(train=N_TRAIN, test=100, seed=SEED).train
+        problems = [FitProblem(train, layer, alpha=a) for layer in LAYERS for a in ALPHAS]
+        batch = FitBatch(model, problems)
+        ours = batch.solve(tolerance=TOLERANCE, max_evaluations=LIMIT)
+        for i, solution in enumerate(ours):
+            [adam] = FitBatch(model, [problems[i]]).solve(
+                solver="adam", max_evaluations=solution.n_evaluations
+            )
+            rows.append(
+                {
+                    "kind": "benchmark_solver",
+                    "task": task.name,
+                    "layer": problems[i].layer,
+                    "alpha": problems[i].alpha,
+                    "status": solution.status.value,
+                    "n_evaluations": solution.n_evaluations,
+                    "objective": solution.objective,
+                    "loss": solution.loss,
+                    "relative_stationarity": solution.stationarity
+                    / max(1.0, float(solution.delta.norm())),
+                    "n_heads": int((solution.delta.norm(dim=-1) > 0).sum()),
+                    "adam_objective": adam.objective,
+                    "adam_evaluations": adam.n_evaluations,
+                    "source": task.source,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--json", action="store_true", help="print one row a line")
+    arguments = options.parse_args()
+    rows = compute()
+    write_rows(rows, "benchmark_solver")
+    if arguments.json:
+        print((FIGURES / "benchmark_solver.jsonl").read_text(), end="")
+        return
+    print(
+        "| task | layer | alpha | status | evaluations | relative stationarity | heads "
+        "| objective | Adam's |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for r in rows:
+        print(
+            f"| {r['task']} | {r['layer']} | {r['alpha']} | {r['status']} | {r['n_evaluations']} "
+            f"| {r['relative_stationarity']:.1e} | {r['n_heads']} | {r['objective']:.4f} "
+            f"| {r['adam_objective']:.4f} |"
+        )
+    converged = sum(r["status"] == "converged" for r in rows)
+    worse = sum(r["objective"] > r["adam_objective"] * (1 + 1e-4) for r in rows)
+    print(f"\nconverged: {converged} of {len(rows)}; Adam's objective is lower in {worse}")
+
+
+if __name__ == "__main__":
+    main()

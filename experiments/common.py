@@ -1,0 +1,78 @@
+"""What the experiments share: where tasks come from, where rows and pictures go."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "figures"
+# A folder of JSON tasks beside the checkout is used where there is one; else the built-in tasks.
+DATA = ROOT.parent / "shared" / "data" / "rules"
+RULES = (
+    "antonym",
+    "synonym",
+    "english-french",
+    "english-german",
+    "country-capital",
+    "singular-plural",
+    "present-past",
+    "capitalize",
+)
+
+
+def tasks(names: Sequence[str] = RULES) -> list[Any]:
+    """Tasks by name; their rows say where they came from."""
+    from tl_laai.tasks import Task
+
+    if DATA.is_dir():
+        return [Task.from_json(DATA / f"{name}.json") for name in names]
+    return [Task.load(name) for name in names]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    options.add_argument(
+        "--from-rows", action="store_true", help="draw the picture only, from the rows on disk"
+    )
+    return options
+
+
+def draw(rows: Sequence[dict[str, Any]], name: str) -> None:
+    """Write a picture as PNG and SVG."""
+    from tl_laai import figures
+
+    for ending in ("png", "svg"):
+        figures.save(figures.draw(rows), FIGURES / f"{name}.{ending}")
+        print(FIGURES / f"{name}.{ending}")
+
+
+def bar(what: str) -> tuple[Any, Callable[[int, int], None]]:
+    """A progress bar over rows, and the callback that moves it."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    progress = Progress(
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    line = progress.add_task(what, total=None)
+    return progress, lambda done, total: progress.update(line, completed=done, total=total)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], name: str) -> Path:
+    """Write rows anew, whole or not at all."""
+    import os
+
+    from tl_laai.rows import append_rows
+
+    path, fresh = FIGURES / f"{name}.jsonl", FIGURES / f".{name}.jsonl.new"
+    fresh.unlink(missing_ok=True)
+    append_rows(fresh, rows)
+    os.replace(fresh, path)
+    return path

@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner, Result
+
+from tl_laai import (
+    Intervention,
+    Task,
+    __version__,
+    cli,
+    evaluate,
+    fitting,
+    hooking,
+    load_model,
+    models,
+)
+from tl_laai.cli import app
+from tl_laai.recipes import draw
+from tl_laai.tasks import available_tasks, load_task
+
+COMMANDS = ("demo", "fit", "evaluate", "generate", "show", "tasks", "models")
+ROWS = [{"input": a, "output": a.upper()} for a in "abcdefghijklmno"]
+
+
+def laai(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> Result:
+    result = laai(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(result: Result, code: int) -> str:
+    """The one line of an error; nothing on standard output, and no traceback."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert result.stderr.splitlines()[-1] == errors[0]
+    return errors[0].removeprefix("Error: ")
+
+
+def save_checkpoint(folder: Path, *, seed: int = 0, family: str = "llama") -> Path:
+    tiny.tiny_hf(family, torch.float32, seed).save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a task, and an intervention fitted by the command line."""
+    room = tmp_path_factory.mktemp("room")
+    save_checkpoint(room / "model")
+    (room / "upper.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(room)
+        done(*fit_arguments(room), "--alpha", 0.5, "--out", "upper")
+    return room
+
+
+def fit_arguments(room: Path, **changes: object) -> list[object]:
+    options = {
+        "--model": "model",
+        "--task": "upper.json",
+        "--train": 3,
+        "--test": 5,
+        "--layer": 1,
+        "--max-evaluations": 20,
+    } | {f"--{name}": value for name, value in changes.items()}
+    return ["fit", *(part for option in options.items() for part in option)]
+
+
+@pytest.fixture
+def inside(room: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(room)
+    return room
+
+
+# ------------------------------------------------------------------------------ help and lists
+
+
+def test_help_and_tasks_need_no_torch() -> None:
+    script = (
+        "import sys; from tl_laai.cli import app\n"
+        "for words in (['--help'], ['fit', '--help'], ['tasks']):\n"
+        "    app(words, standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = done(command, "--help")
+    assert f"laai {command}" in result.stdout.partition("Example:")[2]
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_help_names_every_command() -> None:
+    assert set(COMMANDS) <= set(done("--help").stdout.split())
+
+
+def test_the_version_is_shown() -> None:
+    assert done("--version").stdout == f"laai {__version__}\n"
+
+
+def test_every_built_in_task_is_listed_with_its_size() -> None:
+    lines = done("tasks").stdout.splitlines()
+    for name in available_tasks():
+        [line] = [line for line in lines if line.startswith(f"{name} ")]
+        assert str(len(Task.load(name))) in line.split()
+
+
+def test_every_built_in_model_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TL_LAAI_CACHE", str(tmp_path))
+    lines = done("models").stdout.splitlines()
+    for name in models.BUILT_IN:
+        assert any(line.startswith(f"{name} ") and "on first use" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (cli.Backend, models.Backend),
+        (cli.Position, hooking.Position),
+        (cli.Solver, fitting.Solver),
+    ],
+)
+def test_the_choices_are_those_of_the_library(here: Any, there: Any) -> None:
+    assert get_args(here) == get_args(there)
+
+
+# --------------------------------------------------------------------------------- fit and show
+
+
+def test_fit_saves_what_the_library_fits(inside: Path) -> None:
+    saved = Intervention.from_pretrained(inside / "upper")
+    data = draw(load_task("upper.json"), train=3, test=5)
+    model = load_model(inside / "model")
+    fitted = fitting.fit(model, data.train, layer=1, alpha=0.5, max_evaluations=20)
+    assert saved == fitted.intervention
+    assert saved.provenance["split"] == {"train": 3, "test": 5, "seed": 0}
+    assert saved.provenance["model"] == str(inside / "model")
+    assert saved.provenance["task"]["digest"] == data.task.digest
+
+
+def test_fit_prints_one_json_object(inside: Path, tmp_path: Path) -> None:
+    result = done(*fit_arguments(inside, group=0.1, out=tmp_path / "new"), "--json")
+    shown = json.loads(result.stdout)
+    assert shown["status"] == shown["solution"]["status"]
+    assert shown["penalty"]["group"] == pytest.approx(0.1)
+    assert shown["penalty"]["l1"] == 0.0
+    saved = Intervention.from_pretrained(tmp_path / "new")
+    assert sum(norm > 0 for norm in shown["heads"]["1"]) == saved.n_heads_used
+    assert len(shown["heads"]["1"]) == 4
+
+
+def test_fit_says_loudly_that_it_has_not_converged(inside: Path, tmp_path: Path) -> None:
+    arguments = fit_arguments(inside, alpha=0.1, out=tmp_path / "new")
+    arguments[arguments.index("--max-evaluations") + 1] = 2
+    assert "NOT CONVERGED (max_evaluations) after 2 evaluations" in done(*arguments).stdout
+    assert json.loads(done(*arguments, "--json").stdout)["status"] == "max_evaluations"
+
+
+def test_fit_says_loudly_that_every_head_is_zero(inside: Path, tmp_path: Path) -> None:
+    result = done(*fit_arguments(inside, alpha=2, out=tmp_path / "new"))
+    assert "Every head is zero" in result.stderr
+    assert "0 of 4 heads, 0 of 32 entries" in result.stdout
+    assert "█" not in result.stdout
+
+
+def test_fit_passes_every_option_on(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+
+    def spy(model: Any, examples: Any, **options: Any) -> None:
+        given.update(options, n=len(examples))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(fitting, "fit", spy)
+    options = {"layer": 2, "l1": 0.25, "group": 0.5, "solver": "adam", "position": "every_step"}
+    options |= {"max-evaluations": 7, "tolerance": 0.5, "learning-rate": 0.25, "train": 4}
+    template = r"{input}\nto:"
+    refused(laai(*fit_arguments(inside, **options, template=template, out=tmp_path / "x")), 2)
+    penalty = given.pop("penalty")
+    assert (penalty.l1, penalty.group) == (0.25, 0.5)
+    assert given.pop("template").text == "{input}\nto:"
+    assert given.pop("provenance")["split"]["train"] == given.pop("n") == 4
+    assert callable(given.pop("callback"))
+    assert given == {
+        "layer": 2,
+        "alpha": None,
+        "l1_ratio": 0.0,
+        "position": "every_step",
+        "solver": "adam",
+        "tolerance": 0.5,
+        "max_evaluations": 7,
+        "learning_rate": 0.25,
+    }
+
+
+def test_fit_replaces_an_intervention_but_nothing_else(inside: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done(*fit_arguments(inside, alpha=0.5, out=out))
+    done(*fit_arguments(inside, alpha=0.5, seed=1, out=out))
+    assert Intervention.from_pretrained(out).provenance["split"]["seed"] == 1
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("mine")
+    message = refused(laai(*fit_arguments(inside, out=tmp_path / "thesis")), 2)
+    assert "holds something else than an intervention" in message
+    assert [file.name for file in (tmp_path / "thesis").iterdir()] == ["chapter"]
+    message = refused(laai(*fit_arguments(inside, out=tmp_path / "thesis" / "chapter")), 2)
+    assert "is a file; give a folder" in message
+
+
+def test_show_has_a_line_for_every_head_and_the_provenance(inside: Path) -> None:
+    saved = Intervention.from_pretrained("upper")
+    lines = done("show", "upper").stdout.splitlines()
+    assert lines[0].startswith("Layer 1 of model, prompt_end: ")
+    bars = [line for line in lines if line.split()[:1] == ["1"]]
+    assert [("█" in line or "▏" in line) for line in bars] == [
+        head in {h.head for h in saved.heads()} for head in range(4)
+    ]
+    assert any(line.split() == ["split.train", "3"] for line in lines)
+    shown = json.loads(done("show", "upper", "--json").stdout)
+    assert shown["provenance"] == dict(saved.provenance)
+    for head in saved.heads():
+        assert shown["heads"]["1"][head.head] == pytest.approx(head.norm)
+
+
+# ------------------------------------------------------------------------ evaluate and generate
+
+
+def test_evaluate_needs_nothing_but_the_folder(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = json.loads(done("evaluate", inside / "upper", "--json").stdout)
+    model = load_model(inside / "model")
+    split = load_task(inside / "upper.json").split(train=3, test=5, seed=0)
+    saved = Intervention.from_pretrained(inside / "upper")
+    expected = {
+        "zero_shot": evaluate(model, split.test),
+        "few_shot": evaluate(model, split.test, demonstrations=split.train),
+        "intervened": evaluate(model, split.test, intervention=saved),
+    }
+    assert list(shown) == list(expected)
+    for name, evaluation in expected.items():
+        assert shown[name] == pytest.approx(evaluation.to_dict(), rel=1e-5)
+    assert all(condition["n"] == 5 for condition in shown.values())
+    assert shown["intervened"]["log_probability"] > shown["zero_shot"]["log_probability"]
+
+
+def test_evaluate_prints_a_table(inside: Path) -> None:
+    lines = done("evaluate", "upper", "--test", 2).stdout.splitlines()
+    assert "upper, 2 held-out examples" in lines[0]
+    assert [line.split()[0] for line in lines[1:4]] == ["zero-shot", "3-shot", "zero-shot,"]
+
+
+def test_evaluate_can_leave_few_shot_out_and_take_another_split_or_task(
+    inside: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.jsonl").write_text(
+        "\n".join(json.dumps({"input": str(i), "output": "x"}) for i in range(6))
+    )
+    options = ["--no-few-shot", "--json", "--backend", "bridge"]
+    shown = json.loads(done("evaluate", "upper", "--seed", 4, *options).stdout)
+    assert shown["few_shot"] is None
+    assert shown["intervened"]["n"] == 5
+    result = done("evaluate", "upper", "--task", tmp_path / "other.jsonl", *options)
+    assert json.loads(result.stdout)["intervened"]["n"] == 3
+    assert "may contain some" not in result.stderr
+
+
+def test_evaluate_of_an_intervention_without_provenance_asks_and_warns(
+    inside: Path, tmp_path: Path
+) -> None:
+    saved = Intervention.from_pretrained("upper")
+    (2 * saved).save_pretrained(tmp_path / "double")
+    double = tmp_path / "double"
+    assert "give --task" in refused(laai("evaluate", double), 2)
+    assert "give --model" in refused(laai("generate", double, "Q"), 2)
+    options = ["--task", "upper.json", "--no-few-shot", "--json", "--model", "model"]
+    result = done("evaluate", double, *options)
+    assert json.loads(result.stdout)["intervened"]["n"] == 5
+    assert "may contain some" in result.stderr
+
+
+def test_generate_writes_what_the_model_generates(inside: Path) -> None:
+    shown = json.loads(done("generate", "upper", r"Q: a\nA:", "--json").stdout)
+    assert shown["prompt"] == "Q: a\nA:"
+    model = load_model(inside / "model")
+    saved = Intervention.from_pretrained("upper")
+
+    def written() -> str:
+        options = {"max_new_tokens": 20, "do_sample": False, "verbose": False}
+        tokens = model.to_tokens(shown["prompt"])
+        text = model.generate(tokens, return_type="tokens", **options)[0, tokens.shape[1] :]
+        return str(model.tokenizer.decode(text, skip_special_tokens=True)).split("\n")[0]
+
+    assert shown["plain"] == written()
+    with saved.applied_to(model):
+        assert shown["intervened"] == written()
+    assert shown["plain"] != shown["intervened"]
+
+
+def test_generate_prints_both_completions(inside: Path) -> None:
+    lines = done("generate", "upper", r"Q: a\nA:", "--max-new-tokens", 3).stdout.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["intervention", "without", "with"]
+
+
+# ------------------------------------------------------------------------------------ the demo
+
+
+def test_the_demo_fits_compares_shows_and_saves(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "DEMO_MODEL", "model")
+    monkeypatch.setattr(cli, "DEMO_LAYER", 1)
+    monkeypatch.setattr(cli, "DEMO_TASK", "upper.json")
+    text = done("demo", "--out", tmp_path / "demo").stdout
+    for part in ("zero-shot", "10-shot", "intervened", "converged", "right answer", "Saved to"):
+        assert part in text.lower() or part in text
+    saved = Intervention.from_pretrained(tmp_path / "demo")
+    assert saved.provenance["split"]["train"] == 10
+    assert len(json.loads(done("evaluate", tmp_path / "demo", "--json").stdout)) == 3
+
+
+# ---------------------------------------------------------------------------------- bad usage
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no-such-model"}, "'no-such-model' could not be loaded"),
+        ({"model": "./nothing"}, "there is no such file or folder"),
+        ({"task": "capitals"}, "task must be a file or one of"),
+        ({"layer": 3}, "layer is 3; this model has layers 0 to 2"),
+        ({"layer": -1}, "layer is -1; this model has layers 0 to 2"),
+        ({"train": 16}, "has 15 distinct inputs, fewer than 16"),
+        ({"alpha": 0.5, "group": 1}, "--alpha is a share of lambda_max"),
+        ({"l1-ratio": 0.5, "group": 1}, "l1_ratio is 0.5 without alpha"),
+        ({"template": "no place"}, "text must contain {input}"),
+        ({"tolerance": -1}, "tolerance"),
+        ({"template": "x" * 200 + "{input}"}, "more than the model's context of 128"),
+    ],
+)
+def test_fit_refuses_bad_arguments_in_one_line(
+    inside: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    result = laai(*fit_arguments(inside, out=tmp_path / "out", **changes))
+    assert message in refused(result, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fit", "--task", "antonym"),
+        ("evaluate",),
+        ("nonsense",),
+        ("fit", "--solver", "newton"),
+        ("evaluate", "x", "--test", "0"),
+    ],
+)
+def test_wrong_words_end_with_exit_code_2(arguments: tuple[str, ...]) -> None:
+    result = laai(*arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("generate", "Q"), ("show",)])
+def test_what_is_no_intervention_is_refused(
+    inside: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    name, *more = command
+    assert "is neither a folder nor a Hub name" in refused(laai(name, "nothing/here/", *more), 2)
+    assert "holds no saved intervention" in refused(laai(name, "model", *more), 2)
+    shutil.copytree("upper", tmp_path / "cut")
+    tensors = tmp_path / "cut" / "intervention.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    assert "is truncated, altered" in refused(laai(name, tmp_path / "cut", *more), 2)
+
+
+def test_another_model_than_that_of_the_fit_is_refused(inside: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "twin", seed=1)
+    save_checkpoint(tmp_path / "wide", family="gemma")
+    for command in (("evaluate", "upper"), ("generate", "upper", "Q")):
+        message = refused(laai(*command, "--model", tmp_path / "twin"), 2)
+        assert "not the one that this intervention was fitted on" in message
+    message = refused(laai("evaluate", "upper", "--model", tmp_path / "wide"), 2)
+    assert "not the one that this intervention was fitted on" in message
+
+
+# -------------------------------------------------------------------------------- failed runs
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        FloatingPointError("the loss is not finite"),
+        torch.OutOfMemoryError("out of memory:\n tried to allocate"),
+        MemoryError(),
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("the kernel failed"),
+    ],
+)
+def test_a_failed_run_ends_with_exit_code_1_and_one_line(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    monkeypatch.setattr(fitting, "fit", raising(failure))
+    message = refused(laai(*fit_arguments(inside, out=tmp_path / "out")), 1)
+    assert message.split()[0] in (*str(failure).split(), "MemoryError")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_ours_is_not_hidden(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "fit", raising(KeyError("a bug")))
+    result = laai(*fit_arguments(inside, out=tmp_path / "out"))
+    assert result.exit_code == 1
+    assert isinstance(result.exception, KeyError)
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_debug_shows_where_an_error_arose(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    if by == "environment":
+        monkeypatch.setenv("TL_LAAI_DEBUG", "1")
+    result = laai(*(["--debug"] if by == "option" else []), "show", "nothing/here/")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "find_artifact" in result.stderr
+
+
+def raising(failure: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise failure
+
+    return fail

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from tl_laai import display
+
+
+def rendered(table: Table, width: int = 80) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def test_every_head_has_a_line_and_the_longest_norm_the_longest_bar() -> None:
+    lines = rendered(display.head_bars({9: [0.0, 4.0, 2.0], 11: [1e-6, 0.0, 0.0]}))
+    assert len(lines) == 1 + 6
+    assert lines[1].split() == ["9", "0", "0", "-"]
+    assert lines[2].count("█") == 2 * lines[3].count("█") == 32
+    assert lines[4].split()[:3] == ["11", "0", "1.0e-06"]
+    assert len(lines[4].split()) == 4  # tiny, but to be seen
+    assert max(map(len, lines)) <= 80
+
+
+def test_heads_that_are_all_zero_have_no_bars() -> None:
+    assert "█" not in "".join(rendered(display.head_bars({0: [0.0, 0.0]})))
+
+
+def test_a_record_is_shown_flat_with_quotation_marks_where_needed() -> None:
+    table = display.record_table({"split": {"seed": 0}, "text": "Q: [bold]\nA:", "x": 0.12345678})
+    assert [line.split(maxsplit=1) for line in rendered(table)] == [
+        ["split.seed", "0"],
+        ["text", '"Q: [bold]\\nA:"'],
+        ["x", "0.123457"],
+    ]
+
+
+def test_cells_are_shown_as_they_are_and_not_read_as_markup() -> None:
+    assert "[red]x[/red]" in rendered(display.text_table(("a",), [("[red]x[/red]",)]))[1]
+
+
+def test_an_error_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    display.error("first\n  second [bold]" + " word" * 60)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("Error: first second [bold] word word")
+
+
+def test_json_refuses_what_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    display.show_json({"a": 1})
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        display.show_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize("context", [display.step, display.solver_bar])
+def test_progress_goes_to_standard_error_and_errors_pass_through(
+    context: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with context("Counting"):  # type: ignore[attr-defined]
+        pass
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Counting: ")
+    with pytest.raises(KeyError), context("Counting"):  # type: ignore[attr-defined]
+        raise KeyError

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from tl_laai.recipes import (
+    draw,
+    record,
+    recorded_data,
+    recorded_model,
+    recorded_template,
+)
+from tl_laai.tasks import Example, Task, load_task
+
+COUNTRIES = Task.load("country-capital")
+SMALL = Task("small", tuple(Example(f"in {i}", f"out {i}") for i in range(12)))
+
+
+def test_a_fit_is_evaluated_on_what_it_held_out() -> None:
+    data = draw(COUNTRIES, train=10, test=20, seed=3)
+    split = COUNTRIES.split(train=10, test=20, seed=3)
+    assert (data.train, data.test) == (split.train, split.test)
+    again = recorded_data(json.loads(json.dumps(record("gemma-3-270m", "auto", data))))
+    assert again == data
+
+
+def test_more_held_out_than_there_are_gives_all_there_are() -> None:
+    assert len(draw(SMALL, train=10, test=100).test) == 2
+
+
+def test_more_train_examples_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="12 distinct inputs, fewer than 13"):
+        draw(SMALL, train=13)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    train=st.integers(1, 30),
+    test=st.integers(1, 200),
+    seed=st.integers(0, 50),
+    other_seed=st.integers(0, 50),
+)
+def test_no_other_seed_ever_holds_out_what_was_fitted_on(
+    train: int, test: int, seed: int, other_seed: int
+) -> None:
+    fitted_on = draw(COUNTRIES, train=train, seed=seed)
+    other = recorded_data(record("m", "auto", fitted_on), seed=other_seed, test=test)
+    assert not {e.input for e in other.test} & {e.input for e in (*fitted_on.train, *other.train)}
+    assert other.origin_known
+    assert len(other.test) <= test
+
+
+def test_a_task_file_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"input": e.input, "output": e.output} for e in SMALL.examples]
+    (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = draw(load_task("mine.json"), train=4)
+    provenance = record("checkpoint", "bridge", data)
+    monkeypatch.chdir("/")
+    assert recorded_data(provenance).test == data.test
+    assert recorded_model(provenance) == (str(tmp_path / "checkpoint"), "bridge")
+
+
+def test_a_folder_does_not_shadow_a_built_in_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gemma-3-270m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    provenance = record("gemma-3-270m", "auto", draw(SMALL))
+    assert recorded_model(provenance) == ("gemma-3-270m", "auto")
+
+
+def test_what_is_given_goes_before_what_is_recorded() -> None:
+    provenance = record("gemma-3-270m", "hooked", draw(COUNTRIES, test=7))
+    assert recorded_model(provenance, model="gpt2", backend="bridge") == ("gpt2", "bridge")
+    assert len(recorded_data(provenance, test=3).test) == 3
+    other = recorded_data(provenance, task="antonym")
+    assert other.task.name == "antonym"
+    assert other.origin_known
+
+
+def test_a_task_file_that_has_changed_is_refused_unless_it_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    rows = [{"input": e.input, "output": e.output} for e in SMALL.examples]
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    provenance = record("gpt2", "auto", draw(load_task(str(file)), train=4))
+    file.write_text(json.dumps(rows[:-1]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mine.json' has changed since the fit \(digest"):
+        recorded_data(provenance)
+    assert not recorded_data(provenance, task=str(file)).origin_known
+
+
+@pytest.mark.parametrize(
+    "provenance", [{}, {"task": "a text"}, {"operation": "add", "parts": [{}, {}]}]
+)
+def test_a_provenance_that_says_nothing_asks_for_what_it_lacks(
+    provenance: dict[str, object],
+) -> None:
+    with pytest.raises(ValueError, match="does not record its task; give --task"):
+        recorded_data(provenance)
+    with pytest.raises(ValueError, match="does not record its model's name; give --model"):
+        recorded_model(provenance)
+    assert recorded_template(provenance) == DEFAULT_TEMPLATE
+    assert not recorded_data(provenance, task="antonym").origin_known
+
+
+def test_a_task_with_nothing_left_to_hold_out_is_refused() -> None:
+    few = Task("few", COUNTRIES.examples[:10], source="built-in")
+    provenance = record("gpt2", "auto", draw(COUNTRIES, train=len(COUNTRIES.distinct)))
+    with pytest.raises(ValueError, match="none is left to hold out"):
+        recorded_data(provenance)
+    assert draw(few, train=10).test == ()
+
+
+def test_an_empty_part_of_a_template_is_kept() -> None:
+    template = PromptTemplate("{input} =", answer_prefix="", separator="\n")
+    record_ = {"text": "{input} =", "answer_prefix": "", "separator": "\n"}
+    assert recorded_template({"template": record_}) == template

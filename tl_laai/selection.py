@@ -1,0 +1,249 @@
+"""Chooses layer and penalty by cross-validation inside the given examples, and refits on all.
+
+Two rounds on the batch engine: every layer is tried briefly at one penalty; the best few go on
+to every penalty, fitted properly. The score is the held-out answer cross-entropy, averaged over
+the folds: with two examples in a fold, exact match is too coarse to choose by.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tl_laai.backends import backend_of
+from tl_laai.engine import Engine
+from tl_laai.fitting import Fit, FitBatch, FitProblem, fit
+from tl_laai.hooking import Position
+from tl_laai.prefix import freeze
+from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
+from tl_laai.tasks import Example
+
+ALPHAS = (0.9, 0.6, 0.3, 0.1)
+SCREENING_ALPHA = 0.6
+SCREENING_EVALUATIONS = 15
+SCREENING_FOLDS = 2
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the validation table.
+
+    Attributes:
+        layer: the edited layer.
+        alpha: the group weight as a share of each fit's own `lambda_max`.
+        round: `screening` (brief fits, few folds) or `final`.
+        validation_loss: held-out answer cross-entropy in nats, mean over folds.
+        standard_error: of that mean over folds.
+        n_heads: mean number of non-zero heads.
+        n_folds: folds that were fitted.
+    """
+
+    layer: int
+    alpha: float
+    round: str
+    validation_loss: float
+    standard_error: float
+    n_heads: float
+    n_folds: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What cross-validation chose.
+
+    Attributes:
+        fit: refitted on all examples at the chosen layer and penalty.
+        table: every candidate of both rounds.
+        layer, alpha: the choice.
+    """
+
+    fit: Fit
+    table: tuple[Candidate, ...]
+    layer: int
+    alpha: float
+
+
+def fit_auto(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    layers: Sequence[int] | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    l1_ratio: float = 0.0,
+    n_folds: int = 5,
+    seed: int = 0,
+    position: Position = "prompt_end",
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+    max_evaluations: int = 60,
+    max_memory: float = 1.0,
+    provenance: dict[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Selection:
+    """Fit with layer and penalty chosen by k-fold cross-validation.
+
+    Example:
+        >>> chosen = fit_auto(model, split.train)  # doctest: +SKIP
+        >>> chosen.layer, chosen.alpha  # doctest: +SKIP
+        (7, 0.6)
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        examples: at least four; nothing else is looked at.
+        layers: candidate layers; None for all. One layer skips the screening.
+        alphas: candidate group weights, as shares of `lambda_max`.
+        l1_ratio: the l1 weight as a multiple of the group weight.
+        n_folds: folds of the final round, at most the number of examples.
+        seed: of the assignment to folds.
+        position: where Delta is added.
+        template: how inputs become prompts.
+        max_evaluations: of each fit of the final round.
+        max_memory: GiB that one chunk of rows may take above the model.
+        provenance: kept with the intervention.
+        progress: called with `(what, work done, work in all)`; work is counted in
+            loss-and-gradient evaluations, at most `in all` of them.
+
+    Returns:
+        The refitted choice and the whole validation table.
+    """
+    if len(examples) < 4:
+        raise ValueError(
+            f"examples holds {len(examples)}: choosing by cross-validation needs at least 4. Give "
+            "more, or choose layer and penalty yourself."
+        )
+    if not alphas:
+        raise ValueError("alphas is empty: give at least one share of lambda_max.")
+    n_layers = backend_of(model).n_layers
+    candidates = list(range(n_layers)) if layers is None else list(dict.fromkeys(layers))
+    for layer in candidates:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"layers holds {layer}; this model has layers 0 to {n_layers - 1}.")
+    folds = _folds(examples, min(n_folds, len(examples)), seed)
+    screened = len(candidates) > FINALISTS
+    n_finalists = min(FINALISTS, len(candidates))
+    work = [
+        len(candidates) * min(SCREENING_FOLDS, len(folds)) * SCREENING_EVALUATIONS * screened,
+        n_finalists * len(alphas) * len(folds) * max_evaluations,
+        2 * max_evaluations,
+    ]
+    done = 0
+
+    def score(name: str, grid: Sequence[tuple[int, float]], n: int, limit: int) -> list[Candidate]:
+        nonlocal done
+        before = done
+
+        def tell(state: Any) -> None:
+            nonlocal done
+            done += state.n_active
+            if progress is not None:
+                progress(name, done, sum(work))
+
+        rows = _cross_validate(
+            model, examples, folds[:n], grid, name, l1_ratio, position, template, limit,
+            max_memory, tell,
+        )  # fmt: skip
+        done = before + len(grid) * n * limit
+        return rows
+
+    table: list[Candidate] = []
+    finalists = candidates
+    if screened:
+        grid = [(layer, SCREENING_ALPHA) for layer in candidates]
+        table += score("screening", grid, min(SCREENING_FOLDS, len(folds)), SCREENING_EVALUATIONS)
+        finalists = [c.layer for c in sorted(table, key=_loss)[:n_finalists]]
+    grid = [(layer, alpha) for layer in sorted(finalists) for alpha in alphas]
+    final = score("final", grid, len(folds), max_evaluations)
+    table += final
+    best = min(final, key=_loss)
+
+    def tell_refit(state: Any) -> None:
+        nonlocal done
+        done = min(sum(work) - 1, done + 1)
+        if progress is not None:
+            progress("refit", done, sum(work))
+
+    chosen = fit(
+        model,
+        examples,
+        layer=best.layer,
+        alpha=best.alpha,
+        l1_ratio=l1_ratio,
+        position=position,
+        template=template,
+        provenance={
+            **(provenance or {}),
+            "selection": {
+                "folds": len(folds),
+                "seed": seed,
+                "table": [vars(candidate) for candidate in table],
+            },
+        },
+        callback=tell_refit,
+    )
+    if progress is not None:
+        progress("refit", sum(work), sum(work))
+    return Selection(chosen, tuple(table), best.layer, best.alpha)
+
+
+def _loss(candidate: Candidate) -> float:
+    return candidate.validation_loss
+
+
+def _folds(examples: Sequence[Example], n_folds: int, seed: int) -> list[list[int]]:
+    """Held-out indices of each fold."""
+    if n_folds < 2:
+        raise ValueError(f"n_folds is {n_folds}; use at least 2.")
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    return [sorted(order[i::n_folds]) for i in range(n_folds)]
+
+
+def _cross_validate(
+    model: Any,
+    examples: Sequence[Example],
+    folds: Sequence[Sequence[int]],
+    grid: Sequence[tuple[int, float]],
+    name: str,
+    l1_ratio: float,
+    position: Position,
+    template: PromptTemplate,
+    max_evaluations: int,
+    max_memory: float,
+    tell: Callable[[Any], None],
+) -> list[Candidate]:
+    """Validation rows of a grid of `(layer, alpha)`, all fits as one batch."""
+    problems = [
+        FitProblem(
+            [e for i, e in enumerate(examples) if i not in held_out], layer, None, alpha, l1_ratio
+        )
+        for layer, alpha in grid
+        for held_out in folds
+    ]
+    batch = FitBatch(model, problems, position=position, template=template, max_memory=max_memory)
+    solutions = batch.solve(max_evaluations=max_evaluations, callback=tell)
+    deltas = torch.stack([s.delta for s in solutions])
+    validation = Engine(
+        freeze(model, tokenise(model, examples, template=template)),
+        layers=[p.layer for p in problems],
+        rows=[held_out for _ in grid for held_out in folds],
+        position=position,
+        max_memory=max_memory,
+    )
+    losses = validation.losses(deltas, batch.everyone).double().cpu().view(len(grid), len(folds))
+    heads = (deltas.norm(dim=-1) > 0).sum(-1).double().cpu().view(len(grid), len(folds))
+    return [
+        Candidate(
+            layer,
+            alpha,
+            name,
+            float(losses[i].mean()),
+            float(losses[i].std(correction=1) / len(folds) ** 0.5),
+            float(heads[i].mean()),
+            len(folds),
+        )
+        for i, (layer, alpha) in enumerate(grid)
+    ]
