@@ -11,7 +11,6 @@ evaluations. Adam minimises the same objective with the same number of evaluatio
 from __future__ import annotations
 
 import argparse
-import json
 
 from common import FIGURES, tasks, write_rows
 

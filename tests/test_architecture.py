@@ -25,6 +25,7 @@ PACKAGE = ROOT / "tl_laai"
 LEVELS = {
     "artifacts": 0,
     "checkpoints": 0,
+    "executors": 0,
     "fingerprints": 0,
     "hooking": 0,
     "metrics": 0,

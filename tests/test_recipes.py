@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,9 @@ def test_a_task_with_nothing_left_to_hold_out_is_refused() -> None:
     assert draw(few, train=10).test == ()
 
 
-def test_an_empty_part_of_a_template_is_kept() -> None:
-    template = PromptTemplate("{input} =", answer_prefix="", separator="\n")
-    record_ = {"text": "{input} =", "answer_prefix": "", "separator": "\n"}
-    assert recorded_template({"template": record_}) == template
+def test_a_template_is_recorded_whole_and_empty_parts_are_kept() -> None:
+    template = PromptTemplate("{input} =", answer_prefix="", separator=";", answer_end="!")
+    assert recorded_template({"template": asdict(template)}) == template
+    assert recorded_template({"template": {"text": "{input}?"}}) == PromptTemplate("{input}?")
+    with pytest.raises(ValueError, match=r"text must contain \{input\}"):
+        recorded_template({"template": {"text": "nothing"}})

@@ -7,6 +7,7 @@ end can differ; at each point the one with the better objective is kept. All pat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -101,6 +102,9 @@ def fit_path(
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: a bad grid of penalties, or what `fit` raises.
     """
     return fit_paths(
         model,
@@ -192,7 +196,7 @@ def _shares(alphas: Sequence[float] | None, n_lambdas: int, ratio: float) -> lis
             raise ValueError(f"ratio is {ratio!r}; give the weakest share, between 0 and 1.")
         return [ratio ** (i / (n_lambdas - 1)) for i in range(n_lambdas)]
     shares = sorted(set(map(float, alphas)), reverse=True)
-    if not shares or shares[-1] < 0:
+    if not shares or not all(math.isfinite(share) and share >= 0 for share in shares):
         raise ValueError(f"alphas is {alphas!r}; give at least one share of lambda_max, 0 or more.")
     return shares
 

@@ -385,7 +385,7 @@ def run(
                 packing.suffix_position, packing.prefix_position, key_positions, rule.window
             )
         index = indices[stage]
-        keys, values = (t[index].unflatten(0, packing.grid) for t in (k, v))
+        keys, values = (t.index_select(0, index).unflatten(0, packing.grid) for t in (k, v))
         if cache is not None:
             if layer in cache.keys:
                 keys = torch.cat([cache.keys[layer], keys], dim=2)
@@ -393,7 +393,7 @@ def run(
             cache.keys[layer], cache.values[layer] = keys, values
         z = attend(
             packing.grid,
-            q[index],
+            q.index_select(0, index),
             packing.prefix(prompts.keys[layer]),
             packing.prefix(prompts.values[layer]),
             keys,
@@ -402,7 +402,7 @@ def run(
             rule.scale,
             rule.softcap,
         )
-        return edit(layer, z[packing.slot[: q.shape[0]]])
+        return edit(layer, z.index_select(0, packing.slot[: q.shape[0]]))
 
     positions = [
         packing.positions[: packing.n_tokens[max(0, sum(j <= layer for j in joins) - 1)]]

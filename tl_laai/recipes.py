@@ -11,7 +11,7 @@ compared with the same model zero-shot and prompted with the same examples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,12 +185,10 @@ def recorded_template(provenance: Mapping[str, Any]) -> PromptTemplate:
     """
     from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate  # imports torch
 
-    default = DEFAULT_TEMPLATE
-    return PromptTemplate(
-        text=_lookup(provenance, "template", "text") or default.text,
-        answer_prefix=_or(_lookup(provenance, "template", "answer_prefix"), default.answer_prefix),
-        separator=_or(_lookup(provenance, "template", "separator"), default.separator),
-    )
+    recorded = _lookup(provenance, "template")
+    known = recorded if isinstance(recorded, Mapping) else {}
+    names = [field.name for field in fields(PromptTemplate) if field.name in known]
+    return replace(DEFAULT_TEMPLATE, **{name: known[name] for name in names})
 
 
 def compare(
@@ -231,10 +229,6 @@ def compare(
             model, data.test, demonstrations=data.train, template=template
         )
     return results
-
-
-def _or(value: Any, default: str) -> Any:
-    return default if value is None else value  # an empty text is a value
 
 
 def _lookup(provenance: Any, *names: str) -> Any:

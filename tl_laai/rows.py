@@ -20,14 +20,13 @@ another picture is refused: a figure never averages over what it does not name.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import IO, Any, TypeAlias, cast
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -97,13 +96,19 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         FileNotFoundError: There is no such file.
         ValueError: The file holds no rows, its last line is cut off, or a line is not a row.
     """
+    rows = _parsed(Path(path).read_bytes(), path)
+    if not rows:
+        raise ValueError(f"{path} holds no rows; give a file with one JSON object a line.")
+    return rows
+
+
+def _parsed(content: bytes, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a file's content, possibly none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a file of rows: it is not text in UTF-8.") from error
     lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} holds no rows; give a file with one JSON object a line.")
     rows: list[dict[str, Any]] = []
     for number, line in lines:
         try:
@@ -183,6 +188,9 @@ def values_of(rows: Sequence[Row], field: str) -> list[Any]:
     return sorted({row[field] for row in rows})
 
 
+_ROW_START = b'{"kind": '
+
+
 def complete_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows that a killed writer has left whole; a line that was cut off is removed.
 
@@ -192,39 +200,73 @@ def complete_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Returns:
         The rows, none where there is no file yet. Afterwards the file ends behind a whole line,
         so that `append_rows` can go on.
+
+    Raises:
+        ValueError: The file is not one that `append_rows` wrote; it stays as it is.
     """
     file = Path(path)
-    if not file.exists() or not file.stat().st_size:
+    if not file.exists():
         return []
     content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with file.open("r+b") as handle:
-            handle.truncate(len(whole))
-    return read_rows(file) if whole.strip() else []
+    end = content.rfind(b"\n") + 1
+    rows = _parsed(content[:end], path)
+    # A power failure can leave zeros where a line was being written.
+    torn = content[end:].rstrip(b"\0")
+    if torn[: len(_ROW_START)] != _ROW_START[: len(torn)]:
+        raise ValueError(
+            f"{path} ends in {torn[:40]!r}, which is not the start of a row: it is another kind "
+            "of file. Give another one."
+        )
+    if end < len(content):
+        os.truncate(file, end)
+    return rows
 
 
 def append_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-    """Append rows and see them on the disk before returning."""
+    """Append rows and see them on the disk before returning.
+
+    Raises:
+        ValueError: A row holds NaN or infinity, which JSON has not; nothing is written.
+    """
+    # With the kind in front, `complete_rows` knows the beginning of a row from other text.
+    lines = [json.dumps({"kind": row["kind"], **row}, allow_nan=False) + "\n" for row in rows]
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as handle:
-        for row in rows:
-            handle.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        handle.write("".join(lines).encode())
         handle.flush()
         os.fsync(handle.fileno())
+
+
+_LOCKED: set[IO[bytes]] = set()
+
+
+def _let_go() -> None:
+    """A forked worker must not hold its parent's locks: it may outlive a parent that is killed."""
+    for handle in _LOCKED:
+        handle.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
 def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the right to write a file of rows; a second writer at the same time is refused.
 
+    Example:
+        >>> with only_writer("rows.jsonl"):  # doctest: +SKIP
+        ...     append_rows("rows.jsonl", rows)
+
     Raises:
-        ValueError: Another process is writing the same file.
+        ValueError: Another writer has the same file.
     """
-    lock = Path(f"{path}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
+    import fcntl  # Windows has none, and figures are drawn there too
+
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as handle:
         try:
             # The system lets go of it when the process ends, however it ends.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,7 +274,8 @@ def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
             raise ValueError(
                 f"{path} is being written by another process; wait for it, or give another file."
             ) from error
+        _LOCKED.add(handle)
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            _LOCKED.discard(handle)

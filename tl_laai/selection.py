@@ -7,6 +7,7 @@ the folds: with two examples in a fold, exact match is too coarse to choose by.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from tl_laai.backends import backend_of
 from tl_laai.engine import Engine
-from tl_laai.fitting import Fit, FitBatch, FitProblem, fit
+from tl_laai.fitting import Fit, FitBatch, FitProblem, fit_many
 from tl_laai.hooking import Position
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
@@ -27,6 +28,7 @@ SCREENING_ALPHA = 0.6
 SCREENING_EVALUATIONS = 15
 SCREENING_FOLDS = 2
 FINALISTS = 3
+REFIT_EVALUATIONS = 150
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,9 @@ def fit_auto(
 
     Returns:
         The refitted choice and the whole validation table.
+
+    Raises:
+        ValueError: too few examples or folds, no such layers, no alphas, or what `fit` raises.
     """
     if len(examples) < 4:
         raise ValueError(
@@ -119,6 +124,8 @@ def fit_auto(
         raise ValueError("alphas is empty: give at least one share of lambda_max.")
     n_layers = backend_of(model).n_layers
     candidates = list(range(n_layers)) if layers is None else list(dict.fromkeys(layers))
+    if not candidates:
+        raise ValueError("layers is empty: give at least one layer, or None for all.")
     for layer in candidates:
         if not 0 <= layer < n_layers:
             raise ValueError(f"layers holds {layer}; this model has layers 0 to {n_layers - 1}.")
@@ -128,7 +135,7 @@ def fit_auto(
     work = [
         len(candidates) * min(SCREENING_FOLDS, len(folds)) * SCREENING_EVALUATIONS * screened,
         n_finalists * len(alphas) * len(folds) * max_evaluations,
-        2 * max_evaluations,
+        REFIT_EVALUATIONS,
     ]
     done = 0
 
@@ -162,26 +169,25 @@ def fit_auto(
 
     def tell_refit(state: Any) -> None:
         nonlocal done
-        done = min(sum(work) - 1, done + 1)
+        done += 1
         if progress is not None:
             progress("refit", done, sum(work))
 
-    chosen = fit(
+    origin = {
+        **(provenance or {}),
+        "selection": {
+            "folds": len(folds),
+            "seed": seed,
+            "table": [_as_json(candidate) for candidate in table],
+        },
+    }
+    (chosen,) = fit_many(
         model,
-        examples,
-        layer=best.layer,
-        alpha=best.alpha,
-        l1_ratio=l1_ratio,
+        [FitProblem(examples, best.layer, None, best.alpha, l1_ratio, None, origin)],
         position=position,
         template=template,
-        provenance={
-            **(provenance or {}),
-            "selection": {
-                "folds": len(folds),
-                "seed": seed,
-                "table": [vars(candidate) for candidate in table],
-            },
-        },
+        max_evaluations=REFIT_EVALUATIONS,
+        max_memory=max_memory,
         callback=tell_refit,
     )
     if progress is not None:
@@ -190,15 +196,24 @@ def fit_auto(
 
 
 def _loss(candidate: Candidate) -> float:
-    return candidate.validation_loss
+    """What candidates are sorted by; in half precision a held-out loss can be NaN."""
+    loss = candidate.validation_loss
+    return math.inf if math.isnan(loss) else loss
+
+
+def _as_json(candidate: Candidate) -> dict[str, Any]:
+    """A row of the table for the provenance; JSON has no NaN."""
+    numbers = vars(candidate).items()
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers}
 
 
 def _folds(examples: Sequence[Example], n_folds: int, seed: int) -> list[list[int]]:
     """Held-out indices of each fold."""
     if n_folds < 2:
         raise ValueError(f"n_folds is {n_folds}; use at least 2.")
-    order = list(range(len(examples)))
-    random.Random(seed).shuffle(order)
+    # Python promises the same random() from a seed in every version, but not the same shuffle().
+    generator = random.Random(seed)
+    order = sorted(range(len(examples)), key=lambda _: generator.random())
     return [sorted(order[i::n_folds]) for i in range(n_folds)]
 
 

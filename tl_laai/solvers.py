@@ -38,8 +38,10 @@ ValueAndGrad = Callable[
 _MEMORY = 20  # curvature pairs
 _LOOK_BACK = 5  # a trial is compared with the largest of so many last objectives
 _ACCEPT, _DISTRUST, _TRUST = 0.1, 0.25, 0.75  # shares of the foretold decrease
-_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 4.0, 0.25, 1e12  # factor and range of sigma / scale
+_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 4.0, 0.25, 1e8  # factor and range of sigma / scale
 _STEP_GROWTH = 3.0  # a trial goes at most so many times as far as the longest step so far
+_MODE = 2.0
+_KEEP = 0.2
 _INNER_STEPS, _INNER_TOLERANCE = 200, 1e-2
 
 
@@ -282,7 +284,8 @@ def _quasi_newton(
         step = delta.double() - here.delta.double()
         shed = penalty.value(here.delta).item() - penalty.value(delta).item()
         bend = _dot(step, curvature.times(step)) + damping * curvature.scale * _dot(step, step)
-        foretold = shed - _dot(here.gradient, step) - bend / 2
+        # At its exact minimiser the model is lower by bend / 2 at least, which survives rounding.
+        foretold = max(shed - _dot(here.gradient, step) - bend / 2, bend / 2)
         if not (foretold > 0 and damping < _MOST_DAMPING):
             return Status.STALLED, best
         trial = yield delta
@@ -290,12 +293,12 @@ def _quasi_newton(
         decrease = allowance = -math.inf
         if trial.finite:
             best = min(best, trial, key=lambda point: point.objective)
-            turn = trial.gradient.double() - here.gradient.double()
-            curvature.learn(step, turn)
+            curvature.learn(step, trial.gradient.double() - here.gradient.double())
             decrease, allowance = here.objective - trial.objective, max(recent) - here.objective
-            if foretold <= here.noise and abs(decrease) <= here.noise:
-                # The objectives differ by rounding alone: ask the gradients at both ends.
-                decrease = shed - _dot(here.gradient, step) - _dot(turn, step) / 2
+            if max(foretold, abs(decrease)) <= here.noise:
+                # The objectives differ by rounding alone: go by stationarity.
+                decrease = foretold * (1 - trial.stationarity / here.stationarity)
+                allowance = 0.0
         if decrease + allowance >= _ACCEPT * foretold:
             here, longest = trial, _norm(step) if math.isinf(longest) else max(longest, _norm(step))
             recent.append(here.objective)
@@ -355,8 +358,14 @@ class _Curvature:
     def learn(self, step: Tensor, turn: Tensor) -> None:
         """Take in that the gradient turns by `turn` along `step`, unless it bends downwards."""
         along = _dot(step, turn)
-        if along <= 1e-6 * _norm(step) * _norm(turn):
-            return
+        if along <= 1e-6 * _norm(step) * _norm(turn) or (_MODE == 1.0 and along <= _KEEP * _dot(step, self.times(step))):
+            if _MODE == 0.0:
+                return
+            image = self.times(step)
+            expected = _dot(step, image)
+            share = (1 - _KEEP) * expected / (expected - along)
+            turn = share * turn + (1 - share) * image
+            along = _dot(step, turn)
         self._pairs.append((step.flatten(), turn.flatten()))
         self.scale = along / _dot(step, step)
         basis = torch.linalg.qr(torch.stack([v for pair in self._pairs for v in pair], dim=1)).Q

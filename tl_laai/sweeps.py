@@ -12,21 +12,24 @@ Units run here, or on any `concurrent.futures.Executor`; workers load the model 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, as_completed
-from dataclasses import asdict, dataclass
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tl_laai.backends import backend_of
 from tl_laai.evaluation import as_edit, evaluate_edits
+from tl_laai.executors import Submits, spread
 from tl_laai.fingerprints import fingerprint
 from tl_laai.fitting import FitProblem, Solver, fit_many
 from tl_laai.hooking import Position
 from tl_laai.models import load_model
 from tl_laai.penalties import SparseGroupLasso
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
-from tl_laai.rows import append_rows, complete_rows, only_writer
+from tl_laai.rows import append_rows, checked, complete_rows, only_writer
 from tl_laai.tasks import Task, load_task
 
 UNREGULARISED_STEPS = 30
@@ -38,6 +41,7 @@ class SweepUnit:
     """All layers of one task and seed; picklable, and all that a worker needs.
 
     Attributes:
+        model: its name, as rows give it.
         task: the task itself.
         layers: every layer of the sweep, computed together.
         seed: of the split.
@@ -48,6 +52,7 @@ class SweepUnit:
         position, template: as in `fit`.
     """
 
+    model: str
     task: Task
     layers: tuple[int, ...]
     seed: int
@@ -76,7 +81,7 @@ def sweep_layers(
     model: Any,
     tasks: Sequence[str | Task],
     *,
-    out: str | Path,
+    out: str | os.PathLike[str],
     layers: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     n_train: int = 10,
@@ -89,7 +94,7 @@ def sweep_layers(
     tolerance: float = 1e-3,
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
-    executor: Executor | None = None,
+    executor: Submits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Fit and evaluate every (task, layer, seed); resumes what `out` already holds.
@@ -98,7 +103,7 @@ def sweep_layers(
         >>> rows = sweep_layers("gemma-3-270m", ["antonym"], out="rows.jsonl")  # doctest: +SKIP
 
     Args:
-        model: a model, or the name of one; with `executor` a name, which workers load.
+        model: a model, or the name or path of one; with `executor` a name, which workers load.
         tasks: tasks, or names or paths of them.
         out: file of rows, one JSON object a line.
         layers: None for all.
@@ -113,7 +118,9 @@ def sweep_layers(
         tolerance: of stationarity.
         position: where Delta is added.
         template: how inputs become prompts.
-        executor: any `concurrent.futures.Executor` to spread over; None to run here.
+        executor: any `concurrent.futures.Executor` to spread over, Dask's `client.get_executor()`,
+            or submitit's; None to run here. Give a process pool the context "spawn": PyTorch does
+            not survive a fork.
         progress: called with `(rows done, rows in all)`.
 
     Returns:
@@ -122,68 +129,128 @@ def sweep_layers(
     Raises:
         ValueError: bad arguments, `out` written by another sweep with other settings, or by
             another process right now.
+        RuntimeError: a worker of `executor` died; `out` keeps the rows of the others.
     """
-    if executor is not None and not isinstance(model, str):
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    if executor is not None and name is None:
         raise ValueError(
             "model is a loaded model, and executor is given: workers load models by name. Give "
             "the name or path that load_model takes."
         )
-    loaded = load_model(model) if isinstance(model, str) and executor is None else model
-    if not tasks or not seeds:
-        raise ValueError("tasks and seeds must each hold at least one entry.")
-    if layers is None and executor is not None:
-        loaded = load_model(model)
+    if not tasks or not seeds or (layers is not None and not layers):
+        raise ValueError("tasks, seeds and layers must each hold at least one entry.")
+    if penalty is not None and alpha is not None:
+        raise ValueError("penalty and alpha are both given: use one of them.")
+    splits = _checked_tasks(tasks, n_train, n_test)
+    loaded = model
+    if name is not None and (executor is None or layers is None):
+        loaded = load_model(name)
     chosen = range(backend_of(loaded).n_layers) if layers is None else sorted(set(layers))
     free = penalty is None and alpha is None
     weights = penalty or SparseGroupLasso(0.0, 0.0)
-    own_solver: Solver = solver or ("adam" if free else "proximal")
-    limit = max_evaluations or (UNREGULARISED_STEPS if free else 150)
-    units = []
-    for task in (load_task(t) if isinstance(t, str) else t for t in tasks):
-        size = min(n_test, len(task.distinct) - n_train)
-        if size < 1:
-            raise ValueError(
-                f"n_train is {n_train}: task {task.name!r} has {len(task.distinct)} distinct "
-                "inputs, and at least one must be left to evaluate on."
-            )
-        for seed in seeds:
-            units.append(
-                SweepUnit(
-                    task, tuple(chosen), seed, n_train, size, float(weights.l1),
-                    float(weights.group), alpha, own_solver, limit, learning_rate, tolerance,
-                    position, template,
-                )
-            )  # fmt: skip
+    if max_evaluations is None:
+        max_evaluations = UNREGULARISED_STEPS if free else 150
+    units = [
+        SweepUnit(
+            model=fingerprint(loaded).name if name is None else Path(name).name,
+            task=task,
+            layers=tuple(chosen),
+            seed=seed,
+            n_train=n_train,
+            n_test=size,
+            l1=float(weights.l1),
+            group=float(weights.group),
+            alpha=alpha,
+            solver=solver or ("adam" if free else "proximal"),
+            max_evaluations=max_evaluations,
+            learning_rate=learning_rate,
+            tolerance=tolerance,
+            position=position,
+            template=template,
+        )
+        for task, size in splits
+        for seed in dict.fromkeys(seeds)
+    ]
+    wanted = [(u.task.name, layer, u.seed) for u in units for layer in chosen]
     with only_writer(out):
         found = {_key(row): row for row in complete_rows(out) if row["kind"] == "sweep"}
-        settings = {_settings(unit) for unit in units}
-        for row in found.values():
-            if row["settings"] not in settings:
-                raise ValueError(
-                    f"out={str(out)!r} holds rows of a sweep with other settings "
-                    f"({row['settings']}); give another file, or move that one away."
-                )
-        total = len(units) * len(chosen)
+        weights_hash = fingerprint(loaded).weights_hash if executor is None else None
+        _check_same_sweep(out, list(found.values()), units, weights_hash)
 
         def keep(rows: Sequence[dict[str, Any]]) -> None:
+            for row in [*found.values()][:1]:
+                _check_same_sweep(out, rows, units, row["provenance"]["weights_hash"])
             new = [row for row in rows if _key(row) not in found]
             append_rows(out, new)
             found.update({_key(row): row for row in new})
-            if progress is not None:
-                progress(len(wanted & found.keys()), total)
+            tell()
 
-        wanted = {(u.task.name, layer, u.seed) for u in units for layer in chosen}
+        def tell() -> None:
+            if progress is not None:
+                progress(sum(key in found for key in wanted), len(wanted))
+
+        tell()
         todo = [u for u in units if any((u.task.name, x, u.seed) not in found for x in chosen)]
-        if progress is not None:
-            progress(len(wanted & found.keys()), total)
         if executor is None:
             for unit in todo:
                 keep(run_unit(loaded, unit))
-        else:
-            futures = [executor.submit(_run_by_name, model, unit) for unit in todo]
-            for future in as_completed(futures):
-                keep(future.result())
-    return [found[u.task.name, layer, u.seed] for u in units for layer in chosen]
+        elif name is not None:
+            spread(
+                executor,
+                [(_run_by_name, name, unit) for unit in todo],
+                keep,
+                remedy=f"{os.fspath(out)} keeps the rows that are done; the same command, with a "
+                "new executor, goes on from there.",
+            )
+    return [found[key] for key in wanted]
+
+
+def _checked_tasks(
+    tasks: Sequence[str | Task], n_train: int, n_test: int
+) -> list[tuple[Task, int]]:
+    """Each task once, with the number of its held-out examples."""
+    found: dict[str, Task] = {}
+    for task in (load_task(t) if isinstance(t, str) else t for t in tasks):
+        if found.setdefault(task.name, task).digest != task.digest:
+            raise ValueError(
+                f"tasks holds two different ones named {task.name!r}, which rows could not tell "
+                "apart: rename one."
+            )
+        if n_test < 1 or len(task.distinct) <= n_train:
+            raise ValueError(
+                f"n_train is {n_train} and n_test {n_test}: task {task.name!r} has "
+                f"{len(task.distinct)} distinct inputs, and at least one must be left to evaluate "
+                "on."
+            )
+    return [(task, min(n_test, len(task.distinct) - n_train)) for task in found.values()]
+
+
+def _check_same_sweep(
+    out: str | os.PathLike[str],
+    rows: Sequence[Mapping[str, Any]],
+    units: Sequence[SweepUnit],
+    weights_hash: str | None,
+) -> None:
+    """Refuse rows that do not belong beside those of the units."""
+    settings = _settings(units[0])
+    by_task = {unit.task.name: unit for unit in units}
+    for row in rows and checked(rows, "sweep"):
+        there = row.get("settings") or {}
+        other = [name for name, value in settings.items() if there.get(name) != value]
+        if not other:
+            origin, unit = row["provenance"], by_task.get(row["task"])
+            if weights_hash not in (None, origin["weights_hash"]):
+                other.append("weights of the model")
+            if unit is not None and origin["task"]["digest"] != unit.task.digest:
+                other.append("examples")
+            if unit is not None and row["n"] != unit.n_test:
+                other.append("n_test")
+        if other:
+            raise ValueError(
+                f"out={os.fspath(out)!r} holds rows of a sweep with other {', '.join(other)} "
+                f"(task {row['task']!r}, layer {row['layer']}, seed {row['seed']}); give another "
+                "file, or move that one away."
+            )
 
 
 def run_unit(model: Any, unit: SweepUnit) -> list[dict[str, Any]]:
@@ -206,25 +273,24 @@ def run_unit(model: Any, unit: SweepUnit) -> list[dict[str, Any]]:
     rows = []
     for fit in fits:
         result = results[str(fit.layer)]
-        heads = [h.norm for h in sorted(fit.intervention.heads(), key=lambda h: h.head)]
         rows.append(
             {
                 "kind": "sweep",
-                "model": mark.name,
+                "model": unit.model,
                 "task": unit.task.name,
                 "layer": fit.layer,
                 "seed": unit.seed,
                 "penalty": unit.penalty,
                 "exact_match": result.exact_match,
                 "n": result.n,
-                "log_probability": result.log_probability,
-                "loss": fit.solution.loss,
-                "objective": fit.solution.objective,
+                "log_probability": _finite(result.log_probability),
+                "loss": _finite(fit.solution.loss),
+                "objective": _finite(fit.solution.objective),
                 "status": fit.solution.status.value,
-                "stationarity": fit.solution.stationarity,
+                "stationarity": _finite(fit.solution.stationarity),
                 "n_evaluations": fit.solution.n_evaluations,
                 "lambda_max": fit.lambda_max,
-                "n_heads": len(heads),
+                "n_heads": fit.intervention.n_heads_used,
                 "norm": fit.intervention.norm(),
                 "settings": _settings(unit),
                 "provenance": {
@@ -233,7 +299,6 @@ def run_unit(model: Any, unit: SweepUnit) -> list[dict[str, Any]]:
                         "version": unit.task.version,
                         "digest": unit.task.digest,
                     },
-                    "template": asdict(unit.template),
                     "versions": dict(fit.intervention.provenance["versions"]),
                     "backend": mark.backend,
                     "weights_hash": mark.weights_hash,
@@ -243,24 +308,32 @@ def run_unit(model: Any, unit: SweepUnit) -> list[dict[str, Any]]:
     return rows
 
 
+def _finite(value: float) -> float | None:
+    """The number, or None for NaN and infinity, which JSON has not."""
+    return value if math.isfinite(value) else None
+
+
 @functools.lru_cache(maxsize=1)
 def _loaded(name: str) -> Any:
     """A worker's model, loaded once a process."""
     return load_model(name)
 
 
+# A worker may have several threads (Dask's do), and a model serves one unit at a time.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def _run_by_name(name: str, unit: SweepUnit) -> list[dict[str, Any]]:
-    return run_unit(_loaded(name), unit)
+    with _ONE_AT_A_TIME:
+        return run_unit(_loaded(name), unit)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int, int]:
     return row["task"], row["layer"], row["seed"]
 
 
-def _settings(unit: SweepUnit) -> str:
-    """What all rows of one sweep share, in words."""
-    return (
-        f"{unit.n_train} examples, {unit.solver}, {unit.max_evaluations} evaluations, "
-        f"learning rate {unit.learning_rate:g}, tolerance {unit.tolerance:g}, penalty "
-        f"{unit.penalty}, {unit.position}"
-    )
+def _settings(unit: SweepUnit) -> dict[str, Any]:
+    """What all rows of one sweep share, as JSON has it."""
+    own = ("task", "layers", "seed", "n_test")
+    shared = {f.name: getattr(unit, f.name) for f in fields(unit) if f.name not in own}
+    return shared | {"template": asdict(unit.template)}

@@ -1,0 +1,216 @@
+"""Rows on disk: read as written, refused where they are not rows, whole whatever kills a writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tl_laai.rows import append_rows, checked, complete_rows, number, only_writer, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+Rows = list[dict[str, Any]]
+
+
+def some_rows(count: int = 6) -> Rows:
+    return [
+        {"kind": "sweep", "task": "überraschung\n", "layer": layer, "seed": 0, "penalty": "none"}
+        | {"exact_match": layer / 7, "n": 50, "status": "converged"}
+        for layer in range(count)
+    ]
+
+
+def written(rows: Rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
+    rows = [*some_rows(), {"kind": "path", "norms": [0.1, 1e-300]}]
+    (tmp_path / "rows.jsonl").write_text(written(rows).replace("\n", "\n\n", 1), encoding="utf-8")
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"holds no rows"),
+        (b"\n \n", r"holds no rows"),
+        (written(some_rows())[:-20].encode(), r"line 6: the last line is cut off .*delete it"),
+        (b"layer,score\n1,2\n", r"line 1 is not JSON: 'layer,score'"),
+        (b'{"kind": "sweep"}\n{"kind": \n{}\n', r"line 2 is not JSON"),
+        (b'{"kind": "sweep"}\n{"kind": \n', r"line 2 is not JSON"),  # ended: not cut off
+        (b"[1, 2]\n", r"line 1 is not a row, an object with a \"kind\""),
+        (b'{"layer": 1}\n', r"line 1 is not a row"),
+        (b"\x89PNG\r\n\x1a\n\xff", r"is not text in UTF-8"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_refused_by_name_and_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rows(path)
+    assert str(path) in str(caught.value)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, len(written(some_rows())) - 1))
+def test_no_file_that_was_cut_anywhere_is_read_as_whole_rows_it_did_not_hold(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    rows = some_rows()
+    text = written(rows)[:cut]
+    path = tmp_path_factory.mktemp("cut") / "rows.jsonl"
+    path.write_text(text, encoding="utf-8")
+    try:
+        found = read_rows(path)
+    except ValueError:
+        assert not text.endswith("\n")
+    else:
+        assert found == rows[: len(found)]
+        assert len(text.splitlines()) == len(found)
+
+
+def test_a_score_that_is_missing_is_not_a_number_and_passes_the_schema() -> None:
+    row = some_rows(1)[0] | {"exact_match": None}
+    assert checked([row], "sweep") == [row]
+    assert str(number(row, "exact_match")) == "nan"
+    assert number(row, "n") == 50.0
+    with pytest.raises(ValueError, match=r"rows\[0\] of kind 'sweep' has n = None; it must be int"):
+        checked([row | {"n": None}], "sweep")
+
+
+# --- appending and going on ----------------------------------------------------------------------
+
+
+def test_rows_are_appended_behind_those_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "rows.jsonl"
+    rows = some_rows()
+    append_rows(path, rows[:2])
+    append_rows(path, [])
+    append_rows(path, rows[2:])
+    assert read_rows(path) == complete_rows(path) == rows
+
+
+def test_the_kind_stands_first_in_every_line(tmp_path: Path) -> None:
+    append_rows(tmp_path / "rows.jsonl", [{"layer": 1, "kind": "sweep"}])
+    assert (tmp_path / "rows.jsonl").read_bytes() == b'{"kind": "sweep", "layer": 1}\n'
+
+
+def test_of_rows_that_hold_infinity_none_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_rows(tmp_path / "rows.jsonl", [*some_rows(), {"kind": "sweep", "loss": float("inf")}])
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_there_are_no_rows_where_there_is_no_file_or_an_empty_one(tmp_path: Path) -> None:
+    assert complete_rows(tmp_path / "rows.jsonl") == []
+    (tmp_path / "rows.jsonl").touch()
+    assert complete_rows(tmp_path / "rows.jsonl") == []
+
+
+@pytest.mark.parametrize("end", [b"", b"\0" * 9])
+def test_a_writer_killed_at_any_byte_leaves_whole_rows_and_goes_on(
+    tmp_path: Path, end: bytes
+) -> None:
+    rows = some_rows(3)
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, rows)
+    content = path.read_bytes()
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut] + end)
+        found = complete_rows(path)
+        assert found == rows[: content[:cut].count(b"\n")]
+        append_rows(path, rows[len(found) :])
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a line\nand one without an end",
+        b"one line, no end",
+        b'{"a": 1}',
+        b"\x89PNG\r\n\x1a\n\xff",
+        written(some_rows()).encode() + b"an afterthought",
+        b"{\n  \"a\": 1\n}",
+    ],
+)
+def test_a_file_of_another_kind_is_refused_and_not_touched(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"notes\.txt"):
+        complete_rows(path)
+    assert path.read_bytes() == content
+
+
+# --- one writer ----------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    with only_writer(path):
+        append_rows(path, some_rows(1))
+        with pytest.raises(ValueError, match="is being written by another process"), only_writer(path):
+            pass
+        with only_writer(tmp_path / "other.jsonl"):
+            append_rows(path, some_rows(1))
+    with only_writer(path):
+        assert complete_rows(path) == some_rows(1) * 2
+    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_writer_that_fails_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), only_writer(tmp_path / "rows.jsonl"):
+        raise KeyboardInterrupt
+    with only_writer(tmp_path / "rows.jsonl"):
+        pass
+
+
+FORKING_WRITER = """
+import os, sys, time
+from tl_laai.rows import only_writer
+with only_writer(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    else:
+        print(child, flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_worker_that_outlives_its_killed_parent_does_not_keep_the_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-c", FORKING_WRITER, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            with pytest.raises(ValueError, match="being written"), only_writer(path):
+                pass
+            parent.kill()
+            parent.wait()
+            os.kill(child, 0)  # it lives
+            time.sleep(0.1)
+            with only_writer(path):
+                pass
+        finally:
+            parent.kill()
+            os.kill(child, signal.SIGKILL)

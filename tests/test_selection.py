@@ -1,0 +1,213 @@
+"""Cross-validated choice on tiny models, against fits made fold by fold and full forwards."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_model
+
+from tl_laai import selection
+from tl_laai.fitting import fit
+from tl_laai.prompts import tokenise
+from tl_laai.selection import Candidate, Selection, fit_auto
+from tl_laai.tasks import Example
+
+WORDS = ("ab", "cde", "f", "gh", "ij", "klm", "n")
+EXAMPLES = tuple(Example(word, word[0].upper() + "x" * (i % 2)) for i, word in enumerate(WORDS))
+ALPHAS = (0.8, 0.5)
+EVALUATIONS = 6
+N_FOLDS = 3
+
+
+@functools.cache
+def model_of(backend: str) -> Any:
+    return oracle.run_once(tiny_model(backend, "gemma"))
+
+
+@pytest.fixture
+def model(backend: str) -> Iterator[Any]:
+    found = model_of(backend)
+    before = oracle.state_of(found)
+    yield found
+    assert oracle.state_of(found) == before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def told_choice(backend: str) -> tuple[Selection, list[tuple[str, int, int]]]:
+    """One choice among four layers, and what its progress told."""
+    told: list[tuple[str, int, int]] = []
+    chosen = fit_auto(
+        model_of(backend),
+        EXAMPLES,
+        alphas=ALPHAS,
+        n_folds=N_FOLDS,
+        seed=5,
+        max_evaluations=EVALUATIONS,
+        provenance={"task": "letters"},
+        progress=lambda *state: told.append(state),
+    )
+    return chosen, told
+
+
+def rows_of(chosen: Selection, name: str) -> list[Candidate]:
+    return [row for row in chosen.table if row.round == name]
+
+
+def slow_losses(model: Any, layer: int, alpha: float, folds: list[list[int]], n: int) -> list[float]:
+    """One fit at a time, scored on its held-out fold by full forwards."""
+    losses = []
+    for held_out in folds:
+        train = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
+        own = fit(model, train, layer=layer, alpha=alpha, max_evaluations=n)
+        test = tokenise(model, [EXAMPLES[i] for i in held_out])
+        with torch.no_grad():
+            losses.append(oracle.loss(model, test, own.intervention.deltas).item())
+    return losses
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(4, 30), st.integers(2, 10), st.integers(0, 99))
+def test_folds_are_disjoint_even_and_cover_all_examples(n: int, n_folds: int, seed: int) -> None:
+    examples = [Example(str(i), "x") for i in range(n)]
+    n_folds = min(n_folds, n)
+    folds = selection._folds(examples, n_folds, seed)
+    assert sorted(itertools.chain(*folds)) == list(range(n))
+    assert {len(fold) for fold in folds} <= {n // n_folds, -(-n // n_folds)}
+    assert folds == selection._folds(examples, n_folds, seed)
+
+
+def test_another_seed_deals_other_folds() -> None:
+    assert selection._folds(EXAMPLES, 3, 0) != selection._folds(EXAMPLES, 3, 1)
+
+
+def test_every_layer_is_screened_and_the_best_few_meet_every_penalty(backend: str) -> None:
+    chosen, _ = told_choice(backend)
+    screened = rows_of(chosen, "screening")
+    assert [(row.layer, row.alpha, row.n_folds) for row in screened] == [
+        (layer, selection.SCREENING_ALPHA, 2) for layer in range(4)
+    ]
+    best = sorted(screened, key=lambda row: row.validation_loss)[: selection.FINALISTS]
+    final = rows_of(chosen, "final")
+    assert [(row.layer, row.alpha) for row in final] == [
+        (layer, alpha) for layer in sorted(row.layer for row in best) for alpha in ALPHAS
+    ]
+    assert chosen.table == (*screened, *final)
+
+
+def test_the_choice_has_the_lowest_validation_loss_of_the_final_round(backend: str) -> None:
+    chosen, _ = told_choice(backend)
+    best = min(rows_of(chosen, "final"), key=lambda row: row.validation_loss)
+    assert (chosen.layer, chosen.alpha) == (best.layer, best.alpha)
+    assert len({row.validation_loss for row in rows_of(chosen, "final")}) > 1
+
+
+def test_validation_losses_are_those_of_fits_made_fold_by_fold(backend: str, model: Any) -> None:
+    chosen, _ = told_choice(backend)
+    folds = selection._folds(EXAMPLES, N_FOLDS, 5)
+    for row in rows_of(chosen, "final")[::2]:
+        slow = torch.tensor(slow_losses(model, row.layer, row.alpha, folds, EVALUATIONS))
+        assert row.validation_loss == pytest.approx(slow.mean().item(), rel=1e-6)
+        spread = math.sqrt((slow - slow.mean()).square().sum().item() / (len(folds) - 1))
+        assert row.standard_error == pytest.approx(spread / math.sqrt(len(folds)), rel=1e-5)
+        assert row.n_folds == N_FOLDS
+    row = rows_of(chosen, "screening")[3]
+    slow = torch.tensor(
+        slow_losses(model, 3, row.alpha, folds[:2], selection.SCREENING_EVALUATIONS)
+    )
+    assert row.validation_loss == pytest.approx(slow.mean().item(), rel=1e-6)
+
+
+def test_the_choice_is_refitted_on_all_examples(backend: str, model: Any) -> None:
+    chosen, _ = told_choice(backend)
+    alone = fit(model, EXAMPLES, layer=chosen.layer, alpha=chosen.alpha)
+    assert chosen.fit.solution.objective == pytest.approx(alone.solution.objective, rel=1e-9)
+    assert chosen.fit.layer == chosen.layer
+    origin = chosen.fit.intervention.provenance
+    assert origin["task"] == "letters"
+    assert origin["n_train"] == len(EXAMPLES)
+    assert origin["selection"]["table"] == [vars(row) for row in chosen.table]
+    assert (origin["selection"]["folds"], origin["selection"]["seed"]) == (N_FOLDS, 5)
+
+
+def test_progress_never_goes_back_and_ends_at_the_whole(backend: str) -> None:
+    _, told = told_choice(backend)
+    done = [state[1] for state in told]
+    [whole] = {state[2] for state in told}
+    assert done == sorted(done)
+    assert done[0] > 0
+    assert done[-1] == whole
+    assert max(done[:-1]) <= whole
+    assert [name for name, _ in itertools.groupby(state[0] for state in told)] == [
+        "screening",
+        "final",
+        "refit",
+    ]
+    # Four layers in two folds, and two penalties at three layers in three folds, then one fit.
+    screening = 4 * 2 * selection.SCREENING_EVALUATIONS
+    final = 3 * 2 * 3 * EVALUATIONS
+    assert whole == screening + final + selection.REFIT_EVALUATIONS
+    at_last = {name: step for name, step, _ in told}
+    assert at_last["screening"] <= screening < at_last["final"] <= screening + final
+
+
+def test_one_layer_is_not_screened(model: Any) -> None:
+    told: list[str] = []
+    chosen = fit_auto(
+        model,
+        EXAMPLES[:4],
+        layers=[2],
+        alphas=[0.9],
+        max_evaluations=2,
+        l1_ratio=0.1,
+        position="every_step",
+        progress=lambda name, *_: told.append(name),
+    )
+    [row] = chosen.table
+    assert (row.round, row.layer, row.alpha, row.n_folds) == ("final", 2, 0.9, 4)
+    assert set(told) == {"final", "refit"}
+    assert chosen.fit.penalty.l1 == pytest.approx(0.1 * chosen.fit.penalty.group)
+    assert chosen.fit.intervention.position == "every_step"
+
+
+def test_a_candidate_without_a_finite_loss_is_never_chosen() -> None:
+    rows = [Candidate(layer, 0.5, "final", loss, 0.1, 1.0, 5) for layer, loss in
+            enumerate([math.nan, 2.0, math.inf, 1.0])]  # fmt: skip
+    assert min(rows, key=selection._loss).layer == 3
+    assert json.dumps(selection._as_json(rows[0]), allow_nan=False).count("null") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"examples": EXAMPLES[:3]}, "examples holds 3: choosing by cross-validation needs at le"),
+        ({"alphas": ()}, "alphas is empty"),
+        ({"alphas": (-0.5,)}, r"alpha is -0\.5"),
+        ({"layers": ()}, "layers is empty"),
+        ({"layers": (0, 4)}, "layers holds 4; this model has layers 0 to 3"),
+        ({"n_folds": 1}, "n_folds is 1; use at least 2"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(
+    model: Any, options: dict[str, Any], message: str
+) -> None:
+    options = {"examples": EXAMPLES, **options}
+    with pytest.raises(ValueError, match=message):
+        fit_auto(model, options.pop("examples"), **options)
