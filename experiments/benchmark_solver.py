@@ -5,7 +5,8 @@
 
 4 tasks x 4 layers x 3 group penalties on the packaged model, ten examples each. A problem counts
 as converged where stationarity is at most 1e-3 * max(1, ||delta||) within 150 gradient
-evaluations. Adam minimises the same objective with the same number of evaluations.
+evaluations. Adam's objective is the
+lowest that it has seen after the same number of evaluations.
 """
 
 from __future__ import annotations
@@ -33,10 +34,9 @@ def compute() -> list[dict[str, object]]:
         problems = [FitProblem(train, layer, alpha=a) for layer in LAYERS for a in ALPHAS]
         batch = FitBatch(model, problems)
         ours = batch.solve(tolerance=TOLERANCE, max_evaluations=LIMIT)
+        adam = batch.solve(solver="adam", max_evaluations=max(s.n_evaluations for s in ours))
         for i, solution in enumerate(ours):
-            [adam] = FitBatch(model, [problems[i]]).solve(
-                solver="adam", max_evaluations=solution.n_evaluations
-            )
+            seen = [r for r in adam[i].history if r.evaluation <= solution.n_evaluations]
             rows.append(
                 {
                     "kind": "benchmark_solver",
@@ -50,8 +50,7 @@ def compute() -> list[dict[str, object]]:
                     "relative_stationarity": solution.stationarity
                     / max(1.0, float(solution.delta.norm())),
                     "n_heads": int((solution.delta.norm(dim=-1) > 0).sum()),
-                    "adam_objective": adam.objective,
-                    "adam_evaluations": adam.n_evaluations,
+                    "adam_objective": min(r.objective for r in seen),
                     "source": task.source,
                 }
             )

@@ -65,14 +65,8 @@ def bar(what: str) -> tuple[Any, Callable[[int, int], None]]:
     return progress, lambda done, total: progress.update(line, completed=done, total=total)
 
 
-def write_rows(rows: Sequence[dict[str, Any]], name: str) -> Path:
-    """Write rows anew, whole or not at all."""
-    import os
+def write_rows(rows: Sequence[dict[str, Any]], name: str) -> None:
+    """Write an experiment's rows anew, whole or not at all."""
+    from tl_laai.rows import write_rows
 
-    from tl_laai.rows import append_rows
-
-    path, fresh = FIGURES / f"{name}.jsonl", FIGURES / f".{name}.jsonl.new"
-    fresh.unlink(missing_ok=True)
-    append_rows(fresh, rows)
-    os.replace(fresh, path)
-    return path
+    write_rows(FIGURES / f"{name}.jsonl", rows)

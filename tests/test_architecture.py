@@ -52,7 +52,8 @@ LEVELS = {
     "sweeps": 6,
     "recipes": 6,
     "display": 7,
-    "cli": 8,
+    "analyses": 8,
+    "cli": 9,
 }
 NEVER_IMPORT_TORCH = ("figures", "metrics", "rows")
 MODEL_CLASSES = {"HookedTransformer", "TransformerBridge"}

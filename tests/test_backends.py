@@ -17,6 +17,7 @@ from tiny import N_CTX, SLIDING_WINDOW, tiny_bridge, tiny_model
 from torch import Tensor, nn
 
 from tl_laai.backends import backend_of, rank_within
+from tl_laai.engine import Engine
 from tl_laai.prefix import freeze
 
 TOKENS = torch.tensor([[5, 9, 200, 31, 7, 8, 66, 120, 77]])
@@ -272,6 +273,17 @@ def hooked_model(**changes: Any) -> Any:
         return HookedTransformer(HookedTransformerConfig(**(cfg | changes))).eval()
 
 
+def assert_exact(model: Any) -> None:
+    """Loss and gradient equal the full forward's."""
+    prompts = freeze(model, oracle.random_examples([(9, 3), (5, 1)]))
+    delta = oracle.random_delta(model)
+    engine = Engine(prompts, layers=[0], rows=[[0, 1]], position="every_step")
+    loss, gradient = engine.value_and_grad(delta[None], torch.tensor([0]))
+    expected = oracle.loss_and_gradient(model, prompts.examples, 0, delta, "every_step")
+    assert loss.item() == pytest.approx(expected[0], rel=1e-10)
+    assert oracle.relative(gradient[0], expected[1]) < 1e-10
+
+
 @pytest.mark.parametrize("kind", ["alibi", "shortformer"])
 def test_positions_that_depend_on_the_pair_of_tokens_are_refused(kind: str) -> None:
     model = hooked_model(positional_embedding_type=kind)
@@ -302,18 +314,27 @@ def test_attention_in_both_directions_is_refused_by_its_results() -> None:
     ],
 )
 def test_other_hooked_configurations_are_exact(changes: dict[str, Any]) -> None:
-    from tl_laai.engine import Engine
-
     model = hooked_model(**changes)
     for parameter in model.parameters():  # initial biases are zero and would hide
         parameter.data += 0.3 * torch.randn(parameter.shape, dtype=torch.float64)
-    prompts = freeze(model, oracle.random_examples([(9, 3), (5, 1)]))
-    delta = oracle.random_delta(model)
-    engine = Engine(prompts, layers=[0], rows=[[0, 1]], position="every_step")
-    loss, gradient = engine.value_and_grad(delta[None], torch.tensor([0]))
-    expected = oracle.loss_and_gradient(model, prompts.examples, 0, delta, "every_step")
-    assert loss.item() == pytest.approx(expected[0], rel=1e-10)
-    assert oracle.relative(gradient[0], expected[1]) < 1e-8
+    assert_exact(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma"])
+def test_weights_processed_as_transformer_lens_likes_are_exact(backend: str, family: str) -> None:
+    """Folded norms, centred weights: the default of `HookedTransformer.from_pretrained`."""
+    model = tiny_model(backend, family)
+    freeze(model, oracle.random_examples([(9, 3)]))  # its backend is known before and after
+    before = model.unembed.W_U.clone()
+    with tiny._quiet():
+        if backend == "bridge":
+            model.enable_compatibility_mode()
+        else:
+            model.load_and_process_state_dict(
+                dict(model.state_dict()), center_writing_weights=family == "gpt2"
+            )
+    assert not torch.equal(model.unembed.W_U, before)
+    assert_exact(model.requires_grad_(False))
 
 
 def test_a_bridge_that_scales_attention_by_depth_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -364,7 +364,8 @@ def test_the_demo_fits_compares_shows_and_saves(
 def test_fit_refuses_bad_arguments_in_one_line(
     inside: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    result = laai(*fit_arguments(inside, out=tmp_path / "out", **changes))
+    penalty = {} if {"alpha", "group"} & changes.keys() else {"alpha": 0.5}
+    result = laai(*fit_arguments(inside, out=tmp_path / "out", **penalty, **changes))
     assert message in refused(result, 2)
     assert list(tmp_path.iterdir()) == []
 
@@ -425,7 +426,7 @@ def test_a_failed_run_ends_with_exit_code_1_and_one_line(
     inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     monkeypatch.setattr(fitting, "fit", raising(failure))
-    message = refused(laai(*fit_arguments(inside, out=tmp_path / "out")), 1)
+    message = refused(laai(*fit_arguments(inside, out=tmp_path / "out", alpha=0.5)), 1)
     assert message.split()[0] in (*str(failure).split(), "MemoryError")
     assert list(tmp_path.iterdir()) == []
 
@@ -434,7 +435,7 @@ def test_an_error_of_ours_is_not_hidden(
     inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "fit", raising(KeyError("a bug")))
-    result = laai(*fit_arguments(inside, out=tmp_path / "out"))
+    result = laai(*fit_arguments(inside, out=tmp_path / "out", alpha=0.5))
     assert result.exit_code == 1
     assert isinstance(result.exception, KeyError)
 
@@ -454,3 +455,54 @@ def raising(failure: Exception) -> Callable[..., Any]:
         raise failure
 
     return fail
+
+
+# ------------------------------------------------------------------- choosing, and looking into
+
+
+def test_fit_chooses_layer_and_penalty_unless_told(inside: Path, tmp_path: Path) -> None:
+    options = {"train": 5, "out": tmp_path / "chosen", "layer": "auto"}
+    result = done(*fit_arguments(inside, **options))
+    assert "chosen" in result.stdout
+    table = Intervention.from_pretrained(tmp_path / "chosen").provenance["selection"]["table"]
+    assert {row["layer"] for row in table} == {0, 1, 2}
+    lines = [line.split() for line in result.stdout.splitlines()]
+    [chosen] = [words for words in lines if words[-1:] == ["chosen"] and "±" in words]
+    best = min(table, key=lambda row: row["validation_loss"])
+    assert chosen[:2] == [str(best["layer"]), f"{best['alpha']:g}"]
+
+
+def test_choosing_a_layer_by_an_absolute_penalty_is_refused(inside: Path, tmp_path: Path) -> None:
+    arguments = fit_arguments(inside, layer="auto", group=0.1, out=tmp_path / "out")
+    assert "--layer auto chooses among --alpha" in refused(laai(*arguments), 2)
+
+
+def test_a_sweep_is_kept_gone_on_with_and_drawn(inside: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    words = ["sweep", "--model", "model", "--task", "upper.json", "--train", 3, "--test", 4]
+    done(*words, "--seeds", 1, "--out", rows)
+    first = rows.read_text()
+    shown = json.loads(done(*words, "--seeds", 2, "--out", rows, "--json").stdout)
+    assert shown["rows"] == 6
+    assert rows.read_text().startswith(first)
+    done("figure", rows, "--out", tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    assert "holds no rows" in refused(
+        laai("figure", rows, "--task", "none", "--out", tmp_path / "x.png"), 2
+    )
+    words[-1] = 5
+    assert "other settings" in refused(laai(*words, "--seeds", 1, "--out", rows, "--train", 4), 2)
+
+
+def test_attribution_and_ablation_write_rows_that_can_be_drawn(
+    inside: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "attribution.jsonl"
+    words = ("attribute", "--model", "model", "--task", "upper.json", "--train", 3)
+    values = json.loads(done(*words, "--out", out, "--json").stdout)["values"]
+    assert len(values) == 3
+    done("figure", out, "--out", tmp_path / "attribution.svg")
+    out = tmp_path / "ablation.jsonl"
+    table = done("ablate", "upper", "--test", 4, "--out", out).stdout
+    assert "cumulative" in table
+    done("figure", out, "--out", tmp_path / "ablation.pdf")

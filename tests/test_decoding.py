@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from tiny import N_CTX, tiny_model
+from tiny import N_CTX, VOCABULARY_SIZE, tiny_model
 from torch import Tensor
 
 from tl_laai import decoding
@@ -26,7 +26,13 @@ N_NEW = 5
 @functools.cache
 def model_of(backend: str, family: str) -> Any:
     """One tiny model for all tests: that they leave it as found is tested below."""
-    return oracle.run_once(tiny_model(backend, family))
+    model = tiny_model(backend, family)
+    if family == "gemma":
+        # Large tied embeddings make it repeat its last token, whatever attention does.
+        tables = {p.data_ptr(): p for p in model.parameters() if VOCABULARY_SIZE in p.shape}
+        for table in tables.values():
+            table.data *= 0.05
+    return oracle.run_once(model)
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def ends(model: Any, token: int) -> bool:
 
 def every_edit(model: Any) -> list[Edit]:
     """No edit, zero deltas, both rules, several layers, ablated heads, and all of it at once."""
-    first, last = oracle.random_delta(model, seed=1), oracle.random_delta(model, seed=2)
+    first, last = (oracle.random_delta(model, seed=seed, scale=3.0) for seed in (1, 2))
     n_heads = model.cfg.n_heads
     ablated = torch.ones(n_heads, dtype=torch.float64)
     ablated[1] = 0.0
@@ -264,6 +270,7 @@ def test_rows_that_end_early_do_not_disturb_the_others(
     windowed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = freeze(windowed, oracle.random_examples(LENGTHS * 3, seed=5))
+    speak(monkeypatch, windowed, {}, set())
     full = decode(prompts, every_edit(windowed), max_new_tokens=N_NEW)
     seen = [token for rows in full for row in rows for token in row]
     frequent = max(set(seen), key=seen.count)

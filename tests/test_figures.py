@@ -16,8 +16,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -30,7 +28,6 @@ from tl_laai.figures import (
     delta_heatmaps,
     draw,
     layer_sweep,
-    read_rows,
     regularisation_path,
     save,
 )
@@ -120,57 +117,6 @@ def written(rows: Rows) -> str:
 
 def hatched_rows(ax: Axes) -> list[float]:
     return sorted(patch.get_y() + 0.5 for patch in ax.patches if patch.get_hatch())
-
-
-# --- rows from a file ----------------------------------------------------------------------------
-
-
-def test_rows_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
-    rows = [*sweep_rows(("überraschung",)), *path_rows()]
-    (tmp_path / "rows.jsonl").write_text(written(rows).replace("\n", "\n\n", 1), encoding="utf-8")
-    assert read_rows(tmp_path / "rows.jsonl") == rows
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", r"holds no rows"),
-        (b"\n \n", r"holds no rows"),
-        (written(sweep_rows())[:-20].encode(), r"line 24: the last line is cut off .*delete it"),
-        (b"layer,score\n1,2\n", r"line 1 is not JSON: 'layer,score'"),
-        (b'{"kind": "sweep"}\n{"kind": \n{}\n', r"line 2 is not JSON"),
-        (b'{"kind": "sweep"}\n{"kind": \n', r"line 2 is not JSON"),  # ended: not cut off
-        (b"[1, 2]\n", r"line 1 is not a row, an object with a \"kind\""),
-        (b'{"layer": 1}\n', r"line 1 is not a row"),
-        (b"\x89PNG\r\n\x1a\n\xff", r"is not text in UTF-8"),
-    ],
-)
-def test_a_file_that_holds_no_rows_is_refused_by_name_and_line(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_rows(path)
-    assert str(path) in str(caught.value)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, len(written(sweep_rows(("a", "b"), 1))) - 1))
-def test_no_file_that_was_cut_anywhere_is_read_as_whole_rows_it_did_not_hold(
-    tmp_path_factory: pytest.TempPathFactory, cut: int
-) -> None:
-    rows = sweep_rows(("a", "b"), 1)
-    text = written(rows)[:cut]
-    path = tmp_path_factory.mktemp("cut") / "rows.jsonl"
-    path.write_text(text, encoding="utf-8")
-    try:
-        found = read_rows(path)
-    except ValueError:
-        assert not text.endswith("\n")
-    else:
-        assert found == rows[: len(found)]
-        assert len(text.splitlines()) == len(found)
 
 
 # --- what every figure keeps ---------------------------------------------------------------------

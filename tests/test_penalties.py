@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_laai import penalties
 from tl_laai.penalties import SparseGroupLasso
 
 PENALTIES = [
@@ -266,18 +262,6 @@ def test_value_has_a_zero_gradient_at_zero() -> None:
     assert torch.equal(delta.grad, torch.zeros(2, 3))
 
 
-@pytest.fixture(scope="module")
-def unchecked() -> ModuleType:
-    """The module as users run it: no annotations checked before its own messages are reached."""
-    spec = importlib.util.spec_from_file_location("unchecked_penalties", penalties.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["l1", "group"])
 @pytest.mark.parametrize(
     ("value", "error", "message"),
@@ -294,14 +278,13 @@ def unchecked() -> ModuleType:
     ],
 )
 def test_bad_weights_are_refused_by_name(
-    unchecked: ModuleType, name: str, value: object, error: type[Exception], message: str
+    name: str, value: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=f"(?s){name} .*{message}.*finite number >= 0"):
-        unchecked.SparseGroupLasso(**{"l1": 0.0, "group": 0.0, name: value})
+        SparseGroupLasso(**{"l1": 0.0, "group": 0.0, name: value})
 
 
-def test_weights_and_tensors_that_do_not_fit_are_refused(unchecked: ModuleType) -> None:
-    SparseGroupLasso = unchecked.SparseGroupLasso
+def test_weights_and_tensors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="l1 is for 2 problems, but group is for 3"):
         SparseGroupLasso(torch.ones(2), torch.ones(3))
     many = SparseGroupLasso(torch.ones(2), 1.0)

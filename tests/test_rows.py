@@ -15,7 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_laai.rows import append_rows, checked, complete_rows, number, only_writer, read_rows
+from tl_laai.rows import (
+    append_rows,
+    checked,
+    complete_rows,
+    number,
+    only_writer,
+    read_rows,
+    write_rows,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict[str, Any]]
@@ -112,8 +120,23 @@ def test_the_kind_stands_first_in_every_line(tmp_path: Path) -> None:
 
 def test_of_rows_that_hold_infinity_none_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        append_rows(tmp_path / "rows.jsonl", [*some_rows(), {"kind": "sweep", "loss": float("inf")}])
+        append_rows(
+            tmp_path / "rows.jsonl", [*some_rows(), {"kind": "sweep", "loss": float("inf")}]
+        )
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_file_is_written_anew_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    write_rows(path, some_rows(5))
+    # A writer that was killed has left the beginning of another file behind.
+    Path(f"{path}.new").write_text('{"kind": "sw')
+    write_rows(path, some_rows(2))
+    assert read_rows(path) == some_rows(2)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_rows(path, [*some_rows(), {"kind": "sweep", "loss": float("nan")}])
+    assert read_rows(path) == some_rows(2)
+    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
 
 
 def test_there_are_no_rows_where_there_is_no_file_or_an_empty_one(tmp_path: Path) -> None:
@@ -146,7 +169,7 @@ def test_a_writer_killed_at_any_byte_leaves_whole_rows_and_goes_on(
         b'{"a": 1}',
         b"\x89PNG\r\n\x1a\n\xff",
         written(some_rows()).encode() + b"an afterthought",
-        b"{\n  \"a\": 1\n}",
+        b'{\n  "a": 1\n}',
     ],
 )
 def test_a_file_of_another_kind_is_refused_and_not_touched(tmp_path: Path, content: bytes) -> None:
@@ -164,7 +187,10 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     path = tmp_path / "new" / "rows.jsonl"
     with only_writer(path):
         append_rows(path, some_rows(1))
-        with pytest.raises(ValueError, match="is being written by another process"), only_writer(path):
+        with (
+            pytest.raises(ValueError, match="is being written by another process"),
+            only_writer(path),
+        ):
             pass
         with only_writer(tmp_path / "other.jsonl"):
             append_rows(path, some_rows(1))

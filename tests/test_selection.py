@@ -71,7 +71,9 @@ def rows_of(chosen: Selection, name: str) -> list[Candidate]:
     return [row for row in chosen.table if row.round == name]
 
 
-def slow_losses(model: Any, layer: int, alpha: float, folds: list[list[int]], n: int) -> list[float]:
+def slow_losses(
+    model: Any, layer: int, alpha: float, folds: list[list[int]], n: int
+) -> list[float]:
     """One fit at a time, scored on its held-out fold by full forwards."""
     losses = []
     for held_out in folds:

@@ -506,8 +506,8 @@ def _kind_of_weights(model: Any) -> tuple[torch.dtype, torch.device]:
 def _without_dropout(model: Any) -> Iterator[None]:
     """Put every module in eval mode, and each back into its own mode afterwards."""
     # A bridge does not list all modules of the model that it wraps among its own.
-    wrapped = getattr(model, "original_model", model)
-    every = {*model.modules(), *wrapped.modules()}
+    roots = (model, getattr(model, "original_model", model))
+    every = {module for root in roots if root.training for module in root.modules()}
     training = [module for module in every if module.training]
     try:
         for module in training:

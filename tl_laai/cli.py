@@ -6,7 +6,6 @@ What is heavy (torch, TransformerLens) is imported where it is used: `laai --hel
 
 from __future__ import annotations
 
-import importlib
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 from typer.core import TyperGroup
 
-from tl_laai import __version__, display
+from tl_laai import __version__, analyses, display
+from tl_laai.analyses import Backend, Json, load, load_for
 from tl_laai.recipes import (
     DEFAULT_TEST,
     DEFAULT_TRAIN,
@@ -22,22 +22,25 @@ from tl_laai.recipes import (
     draw,
     record,
     recorded_data,
-    recorded_model,
     recorded_template,
 )
 from tl_laai.tasks import Task, available_tasks, load_task
 
 if TYPE_CHECKING:
-    from tl_laai.interventions import Intervention
+    from collections.abc import Sequence
+
+    from tl_laai.fitting import Fit
     from tl_laai.penalties import SparseGroupLasso
+    from tl_laai.prompts import PromptTemplate
+    from tl_laai.tasks import Example
 
 # The same as in the library's rooms, whose import takes seconds; a test compares them.
-Backend = Literal["auto", "hooked", "bridge"]
 Position = Literal["prompt_end", "every_step"]
 Solver = Literal["proximal", "adam"]
 
-DEFAULT_ALPHA = 0.9
-DEMO_MODEL, DEMO_TASK, DEMO_LAYER, DEMO_ALPHA = "gemma-3-270m", "country-capital", 9, 0.9
+Penalty = Literal["auto", "none"]
+
+DEMO_MODEL, DEMO_TASK, DEMO_LAYER, DEMO_ALPHA = "gemma-3-270m", "country-capital", 9, 0.6
 
 _USAGE = (ValueError, TypeError, FileNotFoundError)
 _FAILED = (ArithmeticError, MemoryError, OSError, RuntimeError)
@@ -69,7 +72,6 @@ app = typer.Typer(
 )
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A saved intervention.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 OtherModel = Annotated[str | None, typer.Option("--model", help="Not the recorded model.")]
 OtherBackend = Annotated[Backend | None, typer.Option("--backend", help="Not the recorded one.")]
 
@@ -108,7 +110,7 @@ def demo(
 
     _check_out(out)
     data = draw(load_task(DEMO_TASK))
-    model = _load(DEMO_MODEL)
+    model = load(DEMO_MODEL)
     with display.solver_bar(f"Fitting layer {DEMO_LAYER} on {len(data.train)} examples") as bar:
         fitted = fit_one(
             model,
@@ -138,8 +140,11 @@ def demo(
 def fit(
     model: Annotated[str, typer.Option(help="Built-in name, folder, GGUF file or Hub name.")],
     task: Annotated[str, typer.Option(help="Built-in name, or a JSON or JSONL file.")],
-    layer: Annotated[int, typer.Option(help="The edited layer, from 0.")],
     out: Annotated[Path, typer.Option(help="Folder to save the intervention in.")],
+    layer: Annotated[str, typer.Option(help="A number from 0; auto: cross-validated.")] = "auto",
+    penalty: Annotated[
+        Penalty, typer.Option(help="auto: cross-validated; or set --alpha, --group, --l1.")
+    ] = "auto",
     train: Annotated[int, typer.Option(min=1, help="Examples to fit on.")] = DEFAULT_TRAIN,
     test: Annotated[int, typer.Option(min=1, help="Held out, or all there are.")] = DEFAULT_TEST,
     seed: Annotated[int, typer.Option(min=0, help="Which examples.")] = 0,
@@ -153,8 +158,7 @@ def fit(
         float | None,
         typer.Option(
             min=0,
-            help="Instead: the group penalty as a share of lambda_max, where all is zero; "
-            f"{DEFAULT_ALPHA} if no penalty is given.",
+            help="Instead: the group penalty as a share of lambda_max, where all is zero.",
         ),
     ] = None,
     l1_ratio: Annotated[float, typer.Option(min=0, help="With --alpha: l1 / group.")] = 0.0,
@@ -178,30 +182,42 @@ def fit(
     from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
     _check_out(out)
-    penalty, alpha = _penalty(group, l1, alpha)
+    weights, alphas = _penalty(penalty, group, l1, alpha)
     prompt = DEFAULT_TEMPLATE if template is None else PromptTemplate(_newlines(template))
-    loaded = _load(model, backend)
-    with display.solver_bar(f"Fitting layer {layer} on {train} examples", max_evaluations) as bar:
-        fitted = fit_one(
-            loaded,
-            data.train,
-            layer=layer,
-            penalty=penalty,
-            alpha=alpha,
-            l1_ratio=l1_ratio,
-            position=position,
-            template=prompt,
-            solver=solver,
-            tolerance=tolerance,
-            max_evaluations=max_evaluations,
-            learning_rate=learning_rate,
-            provenance=record(model, backend, data),
-            callback=bar,
-        )
+    fixed = None if layer == "auto" else _layer(layer)
+    by_validation = fixed is None or alphas is None
+    if by_validation and (weights is not None or solver == "adam"):
+        raise ValueError("--layer auto chooses among --alpha penalties: give --layer a number")
+    loaded = load(model, backend)
+    known = record(model, backend, data)
+    if by_validation:
+        fitted = _fit_auto(
+            loaded, data.train, fixed, alphas, known, l1_ratio=l1_ratio, position=position,
+            template=prompt, quiet=json,
+        )  # fmt: skip
+    else:
+        title = f"Fitting layer {layer} on {train} examples"
+        with display.solver_bar(title, max_evaluations) as bar:
+            fitted = fit_one(
+                loaded,
+                data.train,
+                layer=cast("int", fixed),
+                penalty=weights,
+                alpha=alphas[0] if alphas else None,
+                l1_ratio=l1_ratio,
+                position=position,
+                template=prompt,
+                solver=solver,
+                tolerance=tolerance,
+                max_evaluations=max_evaluations,
+                learning_rate=learning_rate,
+                provenance=known,
+                callback=bar,
+            )
     fitted.intervention.save_pretrained(out)
     if json:
-        known = fitted.intervention.provenance
-        shown = {name: known[name] for name in ("layer", "solution", "penalty", "task", "split")}
+        kept = fitted.intervention.provenance
+        shown = {name: kept[name] for name in ("layer", "solution", "penalty", "task", "split")}
         heads = display.head_norms(fitted.intervention)
         status = fitted.solution.status.name.lower()
         display.show_json({"status": status, "out": str(out), "heads": heads, **shown})
@@ -240,7 +256,7 @@ def evaluate(
             "examples may contain some.",
             style="yellow",
         )
-    loaded = _load_for(intervention, model, backend)
+    loaded = load_for(intervention, model, backend)
     with display.step(f"Answering {len(data.test)} questions"):
         results = compare(loaded, intervention, data, template=template, few_shot=few_shot)
     if json:
@@ -268,7 +284,7 @@ def generate(
 
     intervention = Intervention.from_pretrained(folder)
     prompt = _newlines(prompt)
-    loaded = _load_for(intervention, model, backend)
+    loaded = load_for(intervention, model, backend)
     [tokens] = tokenise_prompts(loaded, [prompt])
     with display.step("Generating"):
         frozen = freeze(loaded, [TokenisedExample(tokens, (), prompt, "")])
@@ -330,16 +346,76 @@ def models() -> None:
 
 
 def _penalty(
-    group: float | None, l1: float | None, alpha: float | None
-) -> tuple[SparseGroupLasso | None, float | None]:
-    """What is asked for: absolute weights, or a share of lambda_max."""
+    penalty: Penalty, group: float | None, l1: float | None, alpha: float | None
+) -> tuple[SparseGroupLasso | None, list[float] | None]:
+    """What is asked for: absolute weights, shares of lambda_max, or (None, None) to choose."""
     from tl_laai.penalties import SparseGroupLasso
 
-    if group is None and l1 is None:
-        return None, DEFAULT_ALPHA if alpha is None else alpha
-    if alpha is not None:
+    given = [
+        name
+        for name, value in (("--alpha", alpha), ("--group", group), ("--l1", l1))
+        if value is not None
+    ]
+    if "--alpha" in given and len(given) > 1:
         raise ValueError("--alpha is a share of lambda_max, --group and --l1 are absolute: choose")
-    return SparseGroupLasso(l1=l1 or 0.0, group=group or 0.0), None
+    if penalty == "none":
+        if given:
+            raise ValueError(f"--penalty none and {given[0]} contradict each other: choose")
+        return None, []
+    if alpha is not None:
+        return None, [alpha]
+    return (SparseGroupLasso(l1=l1 or 0.0, group=group or 0.0), []) if given else (None, None)
+
+
+def _layer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--layer is {text!r}; give a number from 0, or auto") from None
+
+
+def _fit_auto(
+    model: Any,
+    examples: Sequence[Example],
+    layer: int | None,
+    alphas: Sequence[float] | None,
+    provenance: dict[str, Any],
+    *,
+    l1_ratio: float,
+    position: Position,
+    template: PromptTemplate,
+    quiet: bool,
+) -> Fit:
+    """Choose by cross-validation, show the finalists, and return the refitted choice."""
+    from tl_laai.selection import ALPHAS, fit_auto
+
+    with display.row_bar("Cross-validating") as progress:
+        chosen = fit_auto(
+            model,
+            examples,
+            layers=None if layer is None else [layer],
+            alphas=ALPHAS if alphas is None else alphas or [0.0],
+            l1_ratio=l1_ratio,
+            position=position,
+            template=template,
+            provenance=provenance,
+            progress=lambda _, done, total: progress(done, total),
+        )
+    if not quiet:
+        cells = [
+            (
+                str(c.layer),
+                f"{c.alpha:g}",
+                f"{c.validation_loss:.3f} ± {c.standard_error:.3f}",
+                f"{c.n_heads:.1f}",
+                "chosen" if (c.layer, c.alpha) == (chosen.layer, chosen.alpha) else "",
+            )
+            for c in chosen.table
+            if c.round == "final"
+        ]
+        columns = ("layer", "alpha", "validation loss (nats)", "heads", "")
+        display.show(display.text_table(columns, cells))
+    return chosen.fit
 
 
 def _newlines(text: str) -> str:
@@ -358,21 +434,11 @@ def _check_out(out: Path) -> None:
         )
 
 
-# --------------------------------------------------------------------------- parts of commands
-
-
-def _load(name: str, backend: str = "auto") -> Any:
-    with display.step("Importing TransformerLens"):
-        importlib.import_module("transformer_lens")
-        from tl_laai.checkpoints import find_source
-        from tl_laai.models import load_model
-
-    source = find_source(name)  # converts a packaged model on first use, and shows that
-    with display.step(f"Loading {name}", spinner=source.folder is not None):
-        return load_model(name, backend=cast("Backend", backend))
-
-
-def _load_for(intervention: Intervention, model: str | None, backend: str | None) -> Any:
-    loaded = _load(*recorded_model(intervention.provenance, model=model, backend=backend))
-    intervention.check_model(loaded, strict=True)
-    return loaded
+app.command(epilog="Example:\n\nlaai sweep --model gemma-3-270m --task antonym --out rows.jsonl")(
+    analyses.sweep
+)
+app.command(epilog="Example: laai attribute --model gemma-3-270m --task antonym")(
+    analyses.attribute
+)
+app.command(epilog="Example: laai ablate capital/ --out ablation.jsonl")(analyses.ablate)
+app.command(epilog="Example: laai figure rows.jsonl --out sweep.png")(analyses.figure)

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.bar import Bar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -121,6 +128,27 @@ def solver_bar(
 
         yield callback
     message(f"{description}: {time.monotonic() - started:.1f} s", style="dim")
+
+
+@contextmanager
+def row_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over rows, with the time left; yields the callback that moves it.
+
+    Example:
+        >>> with row_bar("Sweeping") as progress:  # doctest: +SKIP
+        ...     sweep_layers(model, tasks, out="rows.jsonl", progress=progress)
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        bar = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def head_bars(norms: Mapping[int, Sequence[float]]) -> Table:

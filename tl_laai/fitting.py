@@ -32,6 +32,15 @@ from tl_laai.tasks import Example
 
 Solver = Literal["proximal", "adam"]
 
+_NON_FINITE = (
+    "layer={}: the loss or its gradient is not finite at the start of the fit. Use a wider dtype "
+    "(float32), or examples that the model can score."
+)
+
+
+class NonFiniteError(ValueError, ArithmeticError):
+    """A loss or gradient is NaN or infinite where a fit starts."""
+
 
 @dataclass(frozen=True)
 class FitProblem:
@@ -266,10 +275,7 @@ class FitBatch:
             )
         for problem, solution in zip(self.problems, solutions, strict=True):
             if solution.status is Status.NON_FINITE:
-                raise ValueError(
-                    f"layer={problem.layer}: the loss or its gradient is not finite at the start "
-                    "of the fit. Use a wider dtype (float32), or examples the model can score."
-                )
+                raise NonFiniteError(_NON_FINITE.format(problem.layer))
         return solutions
 
     def fits(
@@ -352,7 +358,10 @@ def _penalties(
     engine: Engine, problems: Sequence[FitProblem], zero: Tensor, everyone: Tensor
 ) -> tuple[SparseGroupLasso, list[float]]:
     """Absolute weights of all problems as one penalty, and each problem's lambda_max."""
-    _, gradient = engine.value_and_grad(zero, everyone)
+    losses, gradient = engine.value_and_grad(zero, everyone)
+    finite = losses.isfinite() & gradient.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        raise NonFiniteError(_NON_FINITE.format(problems[int((~finite).nonzero()[0])].layer))
     gradient = gradient.cpu().double()
     l1, group, lambda_max = [], [], []
     for problem, own in zip(problems, gradient, strict=True):

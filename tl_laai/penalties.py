@@ -103,8 +103,7 @@ class SparseGroupLasso:
             One value for each delta.
 
         Raises:
-            TypeError: `delta` is not a floating-point tensor.
-            ValueError: `delta` has no head axes, or its batch does not match the weights.
+            TypeError, ValueError: `delta` is no floating-point tensor, or does not fit the weights.
         """
         _check_delta("delta", delta)
         wide = delta.double()
@@ -135,8 +134,7 @@ class SparseGroupLasso:
             A tensor like `delta`.
 
         Raises:
-            TypeError: `delta` or `step` is of a wrong type.
-            ValueError: `step` is negative or not finite, or shapes do not match.
+            TypeError, ValueError: `delta` or `step` is of a wrong type, range or shape.
         """
         _check_delta("delta", delta)
         scale = self._spread(_checked("step", step), delta, 2)
@@ -169,8 +167,7 @@ class SparseGroupLasso:
             One float64 residual for each delta, in the units of `delta` (a unit step).
 
         Raises:
-            TypeError: `delta` or `gradient` is not a floating-point tensor.
-            ValueError: The shapes differ, or the batch does not match the weights.
+            TypeError, ValueError: No floating-point tensors, or of shapes that do not fit.
         """
         _check_delta("delta", delta)
         _check_delta("gradient", gradient)
@@ -269,8 +266,7 @@ class SparseGroupLasso:
             A new penalty.
 
         Raises:
-            TypeError: `factor` is neither a number nor a floating-point tensor.
-            ValueError: `factor` is negative, not finite, or of another length than the weights.
+            TypeError, ValueError: `factor` is of a wrong type, range or length.
         """
         number = _checked("factor", factor)
         for weight in (self.l1, self.group):

@@ -251,6 +251,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
+def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
+    """Write a file of rows anew, whole or not at all."""
+    fresh = Path(f"{path}.new")
+    fresh.unlink(missing_ok=True)
+    append_rows(fresh, rows)
+    os.replace(fresh, path)
+
+
 @contextlib.contextmanager
 def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the right to write a file of rows; a second writer at the same time is refused.

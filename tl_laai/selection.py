@@ -23,9 +23,9 @@ from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
 from tl_laai.tasks import Example
 
-ALPHAS = (0.9, 0.6, 0.3, 0.1)
+ALPHAS = (0.9, 0.5, 0.25)
 SCREENING_ALPHA = 0.6
-SCREENING_EVALUATIONS = 15
+SCREENING_EVALUATIONS = 12
 SCREENING_FOLDS = 2
 FINALISTS = 3
 REFIT_EVALUATIONS = 150
@@ -81,7 +81,7 @@ def fit_auto(
     seed: int = 0,
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
-    max_evaluations: int = 60,
+    max_evaluations: int = 40,
     max_memory: float = 1.0,
     provenance: dict[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,

@@ -39,9 +39,9 @@ _MEMORY = 20  # curvature pairs
 _LOOK_BACK = 5  # a trial is compared with the largest of so many last objectives
 _ACCEPT, _DISTRUST, _TRUST = 0.1, 0.25, 0.75  # shares of the foretold decrease
 _DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 4.0, 0.25, 1e8  # factor and range of sigma / scale
+_KEPT_CURVATURE = 0.2  # of the expected one, at least, in one update
+_NOISE = 30.0  # rounding of a loss, in units of its last digit
 _STEP_GROWTH = 3.0  # a trial goes at most so many times as far as the longest step so far
-_MODE = 2.0
-_KEEP = 0.2
 _INNER_STEPS, _INNER_TOLERANCE = 200, 1e-2
 
 
@@ -223,7 +223,7 @@ def _solve(
         problems = torch.tensor(active, device=delta0.device)
         losses, gradients = value_and_grad(deltas.clone(), problems)
         _check_evaluation(losses, gradients, deltas)
-        noise = 10 * max(torch.finfo(t.dtype).eps for t in (losses, gradients, deltas))
+        noise = _NOISE * max(torch.finfo(t.dtype).eps for t in (losses, gradients, deltas))
         for row, i in enumerate(active):
             point = _evaluated(trials[i], losses[row], gradients[row], penalties[i], noise)
             histories[i].append(Record(evaluation, point.objective, point.stationarity))
@@ -293,12 +293,12 @@ def _quasi_newton(
         decrease = allowance = -math.inf
         if trial.finite:
             best = min(best, trial, key=lambda point: point.objective)
-            curvature.learn(step, trial.gradient.double() - here.gradient.double())
+            turn = trial.gradient.double() - here.gradient.double()
+            curvature.learn(step, turn)
             decrease, allowance = here.objective - trial.objective, max(recent) - here.objective
-            if max(foretold, abs(decrease)) <= here.noise:
-                # The objectives differ by rounding alone: go by stationarity.
-                decrease = foretold * (1 - trial.stationarity / here.stationarity)
-                allowance = 0.0
+            if foretold <= here.noise and abs(decrease) <= 10 * here.noise:
+                # The objectives differ by rounding alone: integrate the gradient along the step.
+                decrease, allowance = foretold + (bend - _dot(turn, step)) / 2, 0.0
         if decrease + allowance >= _ACCEPT * foretold:
             here, longest = trial, _norm(step) if math.isinf(longest) else max(longest, _norm(step))
             recent.append(here.objective)
@@ -356,16 +356,19 @@ class _Curvature:
         return product + inside.view_as(step)
 
     def learn(self, step: Tensor, turn: Tensor) -> None:
-        """Take in that the gradient turns by `turn` along `step`, unless it bends downwards."""
-        along = _dot(step, turn)
-        if along <= 1e-6 * _norm(step) * _norm(turn) or (_MODE == 1.0 and along <= _KEEP * _dot(step, self.times(step))):
-            if _MODE == 0.0:
-                return
-            image = self.times(step)
-            expected = _dot(step, image)
-            share = (1 - _KEEP) * expected / (expected - along)
+        """Take in that the gradient turns by `turn` along `step`.
+
+        Where the loss bends downwards, or hardly at all, the curvature along `step` is cut to a
+        fifth instead (Powell 1978), so that the next step there is longer.
+        """
+        image = self.times(step)
+        expected, along = _dot(step, image), _dot(step, turn)
+        if along < _KEPT_CURVATURE * expected:
+            share = (1 - _KEPT_CURVATURE) * expected / (expected - along)
             turn = share * turn + (1 - share) * image
             along = _dot(step, turn)
+        if not along > 1e-6 * _norm(step) * _norm(turn):
+            return
         self._pairs.append((step.flatten(), turn.flatten()))
         self.scale = along / _dot(step, step)
         basis = torch.linalg.qr(torch.stack([v for pair in self._pairs for v in pair], dim=1)).Q

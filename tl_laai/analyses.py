@@ -1,0 +1,215 @@
+"""Commands that look into a model or a fit: `laai sweep`, `attribute`, `ablate`, `figure`."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from tl_laai import display
+from tl_laai.recipes import (
+    DEFAULT_TEST,
+    DEFAULT_TRAIN,
+    draw,
+    recorded_data,
+    recorded_model,
+    recorded_template,
+)
+from tl_laai.tasks import load_task
+
+if TYPE_CHECKING:
+    from tl_laai.interventions import Intervention
+
+# The same as in models.py, whose import takes seconds; a test compares them.
+Backend = Literal["auto", "hooked", "bridge"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Out = Annotated[Path | None, typer.Option(help="File to write the rows to, for laai figure.")]
+
+
+def load(name: str, backend: str = "auto") -> Any:
+    """Load a model by name, showing what takes time."""
+    with display.step("Importing TransformerLens"):
+        importlib.import_module("transformer_lens")
+        from tl_laai.checkpoints import find_source
+        from tl_laai.models import load_model
+
+    source = find_source(name)  # converts a packaged model on first use, and shows that
+    with display.step(f"Loading {name}", spinner=source.folder is not None):
+        return load_model(name, backend=cast("Backend", backend))
+
+
+def load_for(intervention: Intervention, model: str | None, backend: str | None) -> Any:
+    """Load the model that an intervention was fitted on, or the one given instead."""
+    loaded = load(*recorded_model(intervention.provenance, model=model, backend=backend))
+    intervention.check_model(loaded, strict=True)
+    return loaded
+
+
+def sweep(
+    model: Annotated[str, typer.Option(help="Built-in name, folder, GGUF file or Hub name.")],
+    task: Annotated[list[str], typer.Option(help="Built-in name or file; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="File of rows; a stopped sweep goes on there.")],
+    layers: Annotated[str, typer.Option(help="Such as 0,3,6; all by default.")] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 5,
+    train: Annotated[int, typer.Option(min=1, help="Examples to fit on.")] = DEFAULT_TRAIN,
+    test: Annotated[int, typer.Option(min=1, help="Held out, or all there are.")] = DEFAULT_TEST,
+    alpha: Annotated[
+        float | None, typer.Option(min=0, help="Group penalty / lambda_max; none by default.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one.")] = 0,
+    json: Json = False,
+) -> None:
+    """Fit and evaluate every task, layer and seed; rows are kept as they come."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    chosen = None if layers == "all" else [_layer(text) for text in layers.split(",")]
+    tasks = [load_task(name) for name in task]
+    with display.step("Importing TransformerLens"):
+        from tl_laai.sweeps import sweep_layers
+    executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
+    try:
+        with display.row_bar("Sweeping") as progress:
+            rows = sweep_layers(
+                model,
+                tasks,
+                out=out,
+                layers=chosen,
+                seeds=range(seeds),
+                n_train=train,
+                n_test=test,
+                alpha=alpha,
+                executor=executor,
+                progress=progress,
+            )
+    finally:
+        if executor is not None:
+            executor.shutdown(cancel_futures=True)
+    scores: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        scores.setdefault(row["task"], {}).setdefault(row["layer"], []).append(row["exact_match"])
+    means = {
+        name: {layer: sum(s) / len(s) for layer, s in by_layer.items()}
+        for name, by_layer in scores.items()
+    }
+    if json:
+        display.show_json({"rows": len(rows), "out": str(out), "exact_match": means})
+        return
+    for name, by_layer in means.items():
+        cells = [(str(layer), f"{100 * mean:.1f} %") for layer, mean in by_layer.items()]
+        display.show(display.text_table((f"{name}: layer", "exact match"), cells))
+    display.say(f"{len(rows)} rows in {out}. Next: laai figure {out} --out sweep.png")
+
+
+def attribute(
+    model: Annotated[str, typer.Option(help="Built-in name, folder, GGUF file or Hub name.")],
+    task: Annotated[str, typer.Option(help="Built-in name, or a JSON or JSONL file.")],
+    train: Annotated[int, typer.Option(min=1, help="Examples to measure on.")] = DEFAULT_TRAIN,
+    seed: Annotated[int, typer.Option(min=0, help="Which examples.")] = 0,
+    backend: Annotated[Backend, typer.Option(help="TransformerLens class.")] = "auto",
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Gradient attribution of every head: one forward and one backward."""
+    data = draw(load_task(task), train=train, seed=seed)
+    loaded = load(model, backend)
+    from tl_laai.attribution import attribute as gradient_attribution
+    from tl_laai.rows import write_rows
+
+    with display.step("Attributing"):
+        values = gradient_attribution(loaded, data.train).values
+    rows = [
+        {
+            "kind": "attribution",
+            "model": model,
+            "task": data.task.name,
+            "layer": layer,
+            "head": head,
+            "value": float(values[layer, head]),
+            "seed": seed,
+        }
+        for layer in range(values.shape[0])
+        for head in range(values.shape[1])
+    ]
+    if out is not None:
+        write_rows(out, rows)
+    if json:
+        display.show_json({"values": values.tolist(), "by_layer": values.amax(-1).tolist()})
+        return
+    display.show(display.head_bars({i: row for i, row in enumerate(values.tolist())}))
+    display.say("The bar is the group penalty at which the head's fit leaves zero, in nats.")
+
+
+def ablate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A saved intervention.")],
+    test: Annotated[int | None, typer.Option(min=1, help="At most so many examples.")] = None,
+    model: Annotated[str | None, typer.Option(help="Not the recorded model.")] = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """What each head of an intervention carries: without it, it alone, strongest first."""
+    from tl_laai.interventions import Intervention
+
+    intervention = Intervention.from_pretrained(folder)
+    data = recorded_data(intervention.provenance, test=test)
+    template = recorded_template(intervention.provenance)
+    loaded = load_for(intervention, model, None)
+    from tl_laai.attribution import ablate_heads
+    from tl_laai.rows import write_rows
+
+    with display.step(f"Answering {len(data.test)} questions in all variants"):
+        ablations = ablate_heads(loaded, intervention, data.test, template=template)
+    rows = [
+        {
+            "kind": "ablation",
+            "task": data.task.name,
+            "layer": intervention.layers[0],
+            "variant": ablation.variant,
+            "heads": list(ablation.heads),
+            "exact_match": ablation.evaluation.exact_match,
+            "n": ablation.evaluation.n,
+            "loss": -ablation.evaluation.log_probability,
+        }
+        for ablation in ablations
+    ]
+    if out is not None:
+        write_rows(out, rows)
+    if json:
+        display.show_json({"rows": rows})
+        return
+    cells = [
+        (
+            str(row["variant"]),
+            ", ".join(map(str, cast("list[int]", row["heads"]))) or "-",
+            f"{100 * cast('float', row['exact_match']):.1f} %",
+            f"{row['loss']:.2f}",
+        )
+        for row in rows
+    ]
+    display.show(display.text_table(("variant", "heads", "exact match", "loss (nats)"), cells))
+
+
+def figure(
+    rows: Annotated[Path, typer.Argument(metavar="ROWS", help="A file of rows.")],
+    out: Annotated[Path, typer.Option(help="A .png, .svg or .pdf file.")],
+    task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
+) -> None:
+    """Draw rows: a layer sweep, Delta's values, a path, an attribution map, an ablation."""
+    from tl_laai import figures
+    from tl_laai.rows import read_rows
+
+    chosen = [row for row in read_rows(rows) if task in (None, row.get("task"))]
+    if not chosen:
+        raise ValueError(f"--task {task}: {rows} holds no rows of it")
+    figures.save(figures.draw(chosen), out)
+    display.say(f"Drawn to {out}")
+
+
+def _layer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--layers holds {text!r}; give numbers such as 0,3,6, or all") from None
