@@ -13,7 +13,8 @@ from tiny import tiny_model
 from torch import Tensor
 
 from tl_laai import engine as engine_module
-from tl_laai.engine import Engine
+from tl_laai.backends import backend_of
+from tl_laai.engine import Engine, bytes_per_token, memory_estimate
 from tl_laai.prefix import FrozenPrompts, freeze
 from tl_laai.prompts import TokenisedExample, tokenise
 from tl_laai.tasks import Task
@@ -182,7 +183,8 @@ def test_chunks_add_up_to_the_whole(windowed: Any, tokens_a_chunk: int) -> None:
     deltas, problems = deltas_for(windowed, 4), torch.arange(4)
     whole = Engine(prompts, layers=layers, rows=rows, position="every_step")
     assert len(whole.plans(range(4))) == 1
-    memory = tokens_a_chunk * whole.bytes_per_token() / 2**30
+    longest = int(prompts.prefix_lengths.max()) + 1
+    memory = tokens_a_chunk * bytes_per_token(prompts.backend, longest, min(layers)) / 2**30
     cut = Engine(prompts, layers=layers, rows=rows, position="every_step", max_memory=memory)
     plans = cut.plans(range(4))
     assert len(plans) > 1
@@ -333,12 +335,12 @@ def test_an_example_without_an_answer_cannot_be_fitted() -> None:
 
 
 def test_memory_estimate_grows_with_the_problems_and_falls_with_the_limit() -> None:
-    prompts = freeze(model_of("bridge", "gpt2"), oracle.random_examples(LENGTHS))
+    backend, examples = backend_of(model_of("bridge", "gpt2")), oracle.random_examples(LENGTHS)
 
     def estimate(n_problems: int, max_memory: float = 1.0) -> int:
-        rows = [everything(prompts)] * n_problems
-        engine = Engine(prompts, layers=[0] * n_problems, rows=rows, max_memory=max_memory)
-        return engine.memory_estimate()
+        rows = [range(len(examples))] * n_problems
+        layers = [0] * n_problems
+        return memory_estimate(backend, examples, layers=layers, rows=rows, max_memory=max_memory)
 
     assert 0 < estimate(1) < estimate(8)
     assert estimate(8, max_memory=1e-6) < estimate(8)

@@ -82,7 +82,7 @@ def test_both_backends_fit_the_same_delta(family: str, solver: Any) -> None:
         for backend in ("hooked", "bridge")
     )
     assert delta_of(hooked).norm() > 0.1
-    assert cosine(delta_of(hooked), delta_of(bridge)) > 1 - 1e-6  # measured: 1 - 1e-12
+    assert cosine(delta_of(hooked), delta_of(bridge)) > 1 - 1e-6
     assert hooked.lambda_max == pytest.approx(bridge.lambda_max, rel=1e-9)
 
 
@@ -95,7 +95,7 @@ def test_both_backends_fit_the_same_delta_on_gemma(gemma_hooked: Any, gemma_brid
     )
     assert hooked.solution.n_evaluations == bridge.solution.n_evaluations
     assert hooked.solution.loss < hooked.solution.history[0].objective - 1
-    assert cosine(delta_of(hooked), delta_of(bridge)) > 0.999  # measured: 1 - 1e-7
+    assert cosine(delta_of(hooked), delta_of(bridge)) > 0.999  # measured: 1.0 when printed
     assert hooked.lambda_max == pytest.approx(bridge.lambda_max, rel=1e-4)
 
 

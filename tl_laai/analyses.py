@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -29,8 +30,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Out = Annotated[Path | None, typer.Option(help="File to write the rows to, for laai figure.")]
 
 
+class _Shown(logging.Handler):
+    """Shows what the library logs, such as how much memory a batch will take."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record on standard error."""
+        display.message(record.getMessage(), style="dim")
+
+
 def load(name: str, backend: str = "auto") -> Any:
     """Load a model by name, showing what takes time."""
+    log = logging.getLogger("tl_laai")
+    if not any(isinstance(handler, _Shown) for handler in log.handlers):
+        log.addHandler(_Shown())
+        log.setLevel(logging.INFO)
     with display.step("Importing TransformerLens"):
         importlib.import_module("transformer_lens")
         from tl_laai.checkpoints import find_source

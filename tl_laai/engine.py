@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_laai.backends import Backend
 from tl_laai.hooking import Position
 from tl_laai.objectives import cross_entropy
 from tl_laai.prefix import FrozenPrompts, Packing, last_residual, run
+from tl_laai.prompts import TokenisedExample
 
 
 class Engine:
@@ -50,24 +52,9 @@ class Engine:
         self.unembedding = backend.unembedding()
         prompts.enter_at(self.layers)
         self._plans: dict[tuple[int, ...], list[_Plan]] = {}
-        self.max_tokens = max(1, int(max_memory * 2**30 / self.bytes_per_token()))
-
-    def bytes_per_token(self) -> int:
-        """Estimated memory that one suffix token takes in a forward and backward."""
-        backend = self.prompts.backend
-        d_mlp = int(getattr(backend.model.cfg, "d_mlp", None) or 4 * backend.d_model)
-        keys = int(self.prompts.prefix_lengths.max()) + 1
-        width = 12 * backend.d_model + 7 * d_mlp + 8 * backend.n_heads * backend.d_head
-        per_layer = width + 6 * backend.n_heads * keys
-        n_layers = backend.n_layers - min(self.layers)
-        return int(per_layer * n_layers * torch.finfo(backend.dtype).bits // 8)
-
-    def memory_estimate(self) -> int:
-        """Estimated bytes of one evaluation of all problems, above the model."""
-        lengths = self.prompts.offsets[1:] - self.prompts.offsets[:-1]
-        n_tokens = sum(int(lengths[rows].sum()) for rows in self.rows)
-        kept = sum(t.numel() * t.element_size() for t in self.prompts.keys.values())
-        return 2 * kept + min(n_tokens, self.max_tokens) * self.bytes_per_token()
+        longest = int(prompts.prefix_lengths.max()) + 1
+        per_token = bytes_per_token(backend, longest, min(self.layers))
+        self.max_tokens = max(1, int(max_memory * 2**30 / per_token))
 
     def _chunks(self, problems: Sequence[int]) -> list[list[tuple[int, Tensor]]]:
         """Cut the rows of the problems, sorted by layer, into chunks of bounded size."""
@@ -130,6 +117,46 @@ class Engine:
                 gradient += torch.autograd.grad(loss.sum(), leaf)[0]
             total += loss.detach()
         return total, gradient
+
+
+def bytes_per_token(backend: Backend, n_keys: int, lowest_layer: int) -> int:
+    """Estimated memory that one suffix token takes in a forward and backward.
+
+    Args:
+        backend: the model.
+        n_keys: keys that a token sees.
+        lowest_layer: the first layer that runs.
+    """
+    d_mlp = int(getattr(backend.model.cfg, "d_mlp", None) or 4 * backend.d_model)
+    width = 12 * backend.d_model + 7 * d_mlp + 8 * backend.n_heads * backend.d_head
+    per_layer = width + 6 * backend.n_heads * n_keys
+    return per_layer * (backend.n_layers - lowest_layer) * torch.finfo(backend.dtype).bits // 8
+
+
+def memory_estimate(
+    backend: Backend,
+    examples: Sequence[TokenisedExample],
+    *,
+    layers: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    max_memory: float = 1.0,
+) -> int:
+    """Estimated bytes above the model that problems take, before any of it is allocated.
+
+    Args:
+        backend: the model.
+        examples: the tokenised examples of all problems.
+        layers: the edited layer of each problem.
+        rows: the examples of each problem, as indices.
+        max_memory: GiB that one chunk of rows may take; frozen prefixes come on top.
+    """
+    longest = max(len(e.prompt) for e in examples)
+    n_prefixes = len({e.prompt[:-1] for e in examples})
+    per_key = backend.n_kv_heads * backend.d_head * torch.finfo(backend.dtype).bits // 8
+    kept = 2 * backend.n_layers * n_prefixes * (longest - 1) * per_key
+    n_tokens = sum(max(1, len(examples[i].answer)) for own in rows for i in own)
+    evaluation = n_tokens * bytes_per_token(backend, longest, min(layers))
+    return kept + min(evaluation, int(max_memory * 2**30))
 
 
 def _check_problems(

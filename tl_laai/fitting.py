@@ -11,6 +11,7 @@ defaults here are ours. `fit_many` runs any number of fits as one batch and is w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -20,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.artifacts import library_versions
-from tl_laai.engine import Engine
+from tl_laai.backends import backend_of
+from tl_laai.engine import Engine, memory_estimate
 from tl_laai.fingerprints import fingerprint
 from tl_laai.hooking import Position
 from tl_laai.interventions import Intervention
@@ -31,6 +33,8 @@ from tl_laai.solvers import Solution, Status, adam, proximal_gradient
 from tl_laai.tasks import Example
 
 Solver = Literal["proximal", "adam"]
+
+_LOG = logging.getLogger("tl_laai")
 
 _NON_FINITE = (
     "layer={}: the loss or its gradient is not finite at the start of the fit. Use a wider dtype "
@@ -198,7 +202,8 @@ class FitBatch:
         position: where Delta is added.
         template: how inputs become prompts.
         max_memory: GiB that one chunk of rows may take above the model. The estimate for all
-            of the batch is logged (logger `tl_laai`, level INFO) before it is allocated.
+            of the batch is logged before it is allocated: logger `tl_laai`, at level INFO, and
+            at WARNING, which Python prints unasked, from 1 GiB on.
     """
 
     def __init__(
@@ -246,6 +251,11 @@ class FitBatch:
             start = self.zero.clone()
             for i, problem in enumerate(self.problems):
                 if problem.start is not None:
+                    if problem.start.shape != start.shape[1:]:
+                        raise ValueError(
+                            f"start has shape {list(problem.start.shape)}; this model needs "
+                            f"{list(start.shape[1:])}, [n_heads, d_head]."
+                        )
                     start[i] = problem.start.to(start)
         own = self.penalty if penalty is None else penalty
         evaluate = self.engine.value_and_grad
@@ -345,9 +355,23 @@ def _engine(
         [index.setdefault(tokenised[e], len(index)) for e in problem.examples]
         for problem in problems
     ]
+    layers = [problem.layer for problem in problems]
+    backend = backend_of(model)
+    if all(0 <= layer < backend.n_layers for layer in layers):  # else the engine refuses them
+        needed = memory_estimate(
+            backend, tuple(index), layers=layers, rows=rows, max_memory=max_memory
+        )
+        level = logging.WARNING if needed >= 2**30 else logging.INFO
+        _LOG.log(
+            level,
+            "%d fits on %d examples take about %.2f GiB above the model",
+            len(problems),
+            len(index),
+            needed / 2**30,
+        )
     return Engine(
         freeze(model, tuple(index)),
-        layers=[problem.layer for problem in problems],
+        layers=layers,
         rows=rows,
         position=position,
         max_memory=max_memory,
@@ -377,7 +401,8 @@ def _penalties(
             lambda_max.append(float(shape.lambda_max(own)))
             l1.append(float(penalty.l1))
             group.append(float(penalty.group))
-    weights = [torch.tensor(w, dtype=zero.dtype, device=zero.device) for w in (l1, group)]
+    # In float64: a weight is recorded as it was given, and lambda_max is not rounded down.
+    weights = [torch.tensor(w, dtype=torch.float64) for w in (l1, group)]
     return SparseGroupLasso(*weights), lambda_max
 
 

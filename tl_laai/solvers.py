@@ -41,6 +41,7 @@ _ACCEPT, _DISTRUST, _TRUST = 0.1, 0.25, 0.75  # shares of the foretold decrease
 _DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 4.0, 0.25, 1e8  # factor and range of sigma / scale
 _KEPT_CURVATURE = 0.2  # of the expected one, at least, in one update
 _NOISE = 30.0  # rounding of a loss, in units of its last digit
+_COS = 0.01
 _STEP_GROWTH = 3.0  # a trial goes at most so many times as far as the longest step so far
 _INNER_STEPS, _INNER_TOLERANCE = 200, 1e-2
 
@@ -361,14 +362,11 @@ class _Curvature:
         Where the loss bends downwards, or hardly at all, the curvature along `step` is cut to a
         fifth instead (Powell 1978), so that the next step there is longer.
         """
-        image = self.times(step)
-        expected, along = _dot(step, image), _dot(step, turn)
-        if along < _KEPT_CURVATURE * expected:
-            share = (1 - _KEPT_CURVATURE) * expected / (expected - along)
-            turn = share * turn + (1 - share) * image
-            along = _dot(step, turn)
-        if not along > 1e-6 * _norm(step) * _norm(turn):
-            return
+        along = _dot(step, turn)
+        if along < _COS * _norm(step) * _norm(turn):
+            kept = _KEPT_CURVATURE * _dot(step, self.times(step))
+            turn = step * (kept / _dot(step, step))
+            along = kept
         self._pairs.append((step.flatten(), turn.flatten()))
         self.scale = along / _dot(step, step)
         basis = torch.linalg.qr(torch.stack([v for pair in self._pairs for v in pair], dim=1)).Q
