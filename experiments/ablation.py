@@ -10,6 +10,7 @@ rows are on disk.
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 from common import FIGURES, RULES, draw, parser, tasks, write_rows
 
@@ -38,7 +39,7 @@ def compute() -> tuple[list[dict[str, object]], list[dict[str, object]]]:
             "n": ablation.evaluation.n,
             "loss": -ablation.evaluation.log_probability,
             "alpha": ALPHA,
-            "source": task.source,
+            "source": Path(task.source).name,
             "digest": task.digest,
         }
         for ablation in ablate_heads(model, fitted.intervention, split.test)
@@ -56,7 +57,7 @@ def compute() -> tuple[list[dict[str, object]], list[dict[str, object]]]:
                 "head": head,
                 "value": float(values[layer, head]),
                 "seed": SEED,
-                "source": task.source,
+                "source": Path(task.source).name,
                 "digest": task.digest,
             }
             for layer in range(values.shape[0])

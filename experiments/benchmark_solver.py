@@ -12,6 +12,7 @@ lowest that it has seen after the same number of evaluations.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from common import FIGURES, tasks, write_rows
 
@@ -51,7 +52,7 @@ def compute() -> list[dict[str, object]]:
                     / max(1.0, float(solution.delta.norm())),
                     "n_heads": int((solution.delta.norm(dim=-1) > 0).sum()),
                     "adam_objective": min(r.objective for r in seen),
-                    "source": task.source,
+                    "source": Path(task.source).name,
                 }
             )
     return rows

@@ -7,6 +7,8 @@ python experiments/figure2.py --from-rows            # draws only
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from common import FIGURES, draw, parser, tasks, write_rows
 
 from tl_laai.rows import read_rows
@@ -46,7 +48,7 @@ def compute(name: str) -> list[dict[str, object]]:
                     "n": score.n,
                     "status": result.solution.status.value,
                     "seed": SEED,
-                    "source": task.source,
+                    "source": Path(task.source).name,
                     "digest": task.digest,
                 }
             )

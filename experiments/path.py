@@ -6,6 +6,8 @@ python experiments/path.py --from-rows    # draws only
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from common import FIGURES, draw, parser, tasks, write_rows
 
 from tl_laai.rows import read_rows
@@ -51,7 +53,7 @@ def compute() -> list[dict[str, object]]:
                     "loss": point.fit.solution.loss,
                     "status": point.fit.solution.status.value,
                     "entry_order": list(path.entry_order),
-                    "source": task.source,
+                    "source": Path(task.source).name,
                     "digest": task.digest,
                 }
             )

@@ -39,9 +39,9 @@ _MEMORY = 20  # curvature pairs
 _LOOK_BACK = 5  # a trial is compared with the largest of so many last objectives
 _ACCEPT, _DISTRUST, _TRUST = 0.1, 0.25, 0.75  # shares of the foretold decrease
 _DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 4.0, 0.25, 1e8  # factor and range of sigma / scale
-_KEPT_CURVATURE = 0.2  # of the expected one, at least, in one update
+_FLAT = 0.05  # cosine of a step and the gradient's turn below which the turn is not learnt
+_KEPT_CURVATURE = 0.2  # share of the curvature that is kept along such a step
 _NOISE = 30.0  # rounding of a loss, in units of its last digit
-_COS = 0.01
 _STEP_GROWTH = 3.0  # a trial goes at most so many times as far as the longest step so far
 _INNER_STEPS, _INNER_TOLERANCE = 200, 1e-2
 
@@ -359,11 +359,11 @@ class _Curvature:
     def learn(self, step: Tensor, turn: Tensor) -> None:
         """Take in that the gradient turns by `turn` along `step`.
 
-        Where the loss bends downwards, or hardly at all, the curvature along `step` is cut to a
-        fifth instead (Powell 1978), so that the next step there is longer.
+        Where the loss bends downwards, or hardly at all, the turn would spoil a positive matrix.
+        Then only the curvature along `step` is cut, so that the next step there is longer.
         """
         along = _dot(step, turn)
-        if along < _COS * _norm(step) * _norm(turn):
+        if along < _FLAT * _norm(step) * _norm(turn):
             kept = _KEPT_CURVATURE * _dot(step, self.times(step))
             turn = step * (kept / _dot(step, step))
             along = kept

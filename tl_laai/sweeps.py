@@ -295,7 +295,7 @@ def run_unit(model: Any, unit: SweepUnit) -> list[dict[str, Any]]:
                 "settings": _settings(unit),
                 "provenance": {
                     "task": {
-                        "source": unit.task.source,
+                        "source": Path(unit.task.source).name,
                         "version": unit.task.version,
                         "digest": unit.task.digest,
                     },
