@@ -324,11 +324,25 @@ def test_noise_of_float32_size_does_not_stop_the_descent(seed: int) -> None:
 def test_an_unreachable_tolerance_in_float32_ends_with_a_status() -> None:
     value_and_grad, start = networks(2)
     found = proximal_gradient(
-        value_and_grad, start, SparseGroupLasso(0.0, 0.1), tolerance=1e-12, max_evaluations=400
+        value_and_grad, start, SparseGroupLasso(0.0, 0.1), tolerance=1e-12, max_evaluations=200
     )
     for solution in found:
         assert solution.status in (Status.STALLED, Status.MAX_EVALUATIONS)
         assert solution.stationarity < 1e-2
+
+
+def test_a_linear_loss_is_carried_to_where_the_penalty_holds_it() -> None:
+    """No curvature to learn at all: the steps must grow until sharp walls are met."""
+
+    def trough(deltas: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
+        over = (deltas.abs() - 50).clamp_min(0)
+        losses = (-deltas + 10 * over.square()).sum(dim=(1, 2))
+        return losses, -1 + 20 * over * deltas.sign()
+
+    (solution,) = proximal_gradient(trough, torch.zeros(1, 2, 3), SparseGroupLasso(0.2, 0.0))
+    assert solution.status is Status.CONVERGED
+    assert solution.n_evaluations < 40
+    torch.testing.assert_close(solution.delta, torch.full((2, 3), 50.04), atol=0.05, rtol=0)
 
 
 def test_a_gradient_that_points_uphill_ends_as_stalled_at_the_start() -> None:

@@ -363,7 +363,7 @@ class _Curvature:
         Then only the curvature along `step` is cut, so that the next step there is longer.
         """
         along = _dot(step, turn)
-        if along < _FLAT * _norm(step) * _norm(turn):
+        if along <= _FLAT * _norm(step) * _norm(turn):
             kept = _KEPT_CURVATURE * _dot(step, self.times(step))
             turn = step * (kept / _dot(step, step))
             along = kept
@@ -376,7 +376,9 @@ class _Curvature:
             image = matrix @ s
             matrix = matrix - torch.outer(image, image) / (s @ image) + torch.outer(y, y) / (s @ y)
         values, vectors = torch.linalg.eigh(matrix)
-        self._basis, self._excess = basis @ vectors, values.clamp_min(0) - self.scale
+        # The updates keep the matrix positive; rounding alone may not.
+        values = values.clamp_min(1e-12 * values[-1].item())
+        self._basis, self._excess = basis @ vectors, values - self.scale
         self.largest = max(self.scale, values[-1].item())
 
 
