@@ -491,7 +491,7 @@ def test_a_sweep_is_kept_gone_on_with_and_drawn(inside: Path, tmp_path: Path) ->
         laai("figure", rows, "--task", "none", "--out", tmp_path / "x.png"), 2
     )
     words[-1] = 5
-    assert "other settings" in refused(laai(*words, "--seeds", 1, "--out", rows, "--train", 4), 2)
+    assert "other n_train" in refused(laai(*words, "--seeds", 1, "--out", rows, "--train", 4), 2)
 
 
 def test_attribution_and_ablation_write_rows_that_can_be_drawn(
