@@ -28,7 +28,7 @@ TOLERANCE, LIMIT, GROUP = 1e-3, 150, 12
 
 def compute(names: list[str]) -> list[dict[str, object]]:
     from tl_laai import FitProblem, load_model
-    from tl_laai.fitting import FitBatch
+    from tl_laai.batches import FitBatch
 
     model = load_model(MODEL, device="cpu")
     rows: list[dict[str, object]] = []

@@ -4,8 +4,8 @@
     python experiments/table_composition.py --from-rows     # print the table only
 
 Both parts and the composed task get ten examples each. All interventions are at one layer, chosen
-by cross-validation on the composed task's ten. The weights of the sum are the best of a grid on
-ten more composed examples (`tuned sum`); the plain sum has no such help.
+by cross-validation on the composed task's ten, like penalty and steps. The weights of the sum are
+the best of a grid on ten more composed examples (`tuned sum`); the plain sum has no such help.
 """
 
 from __future__ import annotations
@@ -16,7 +16,19 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, ROOT, parser, tasks
-from tables import Row, answer_row, by_method, markdown, percent, resume, source
+from tables import (
+    ALPHA,
+    CHOOSING_EVALUATIONS,
+    Row,
+    answer_row,
+    by_method,
+    layers_of,
+    markdown,
+    percent,
+    resume,
+    search,
+    source,
+)
 
 from tl_laai.rows import read_rows
 
@@ -24,7 +36,6 @@ MODEL = "gemma-3-270m"
 SEEDS = (0, 1, 2, 3, 4)
 N_TRAIN, N_VALIDATION, N_TEST = 10, 10, 100
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
-ALPHAS = (0.9, 0.5)
 NAME = "table_composition"
 COMPOSED = ROOT.parent / "shared" / "data" / "composed"
 # Composed task -> its two parts among the rules.
@@ -50,22 +61,28 @@ def composed(name: str) -> Any:
 
 def compute_one(model: Any, name: str, seed: int) -> list[Row]:
     from tl_laai import FitProblem, evaluate, fit_auto, fit_many
-    from tl_laai.baselines import answer_losses
     from tl_laai.decoding import Edit
-    from tl_laai.evaluation import as_edit, evaluate_edits
+    from tl_laai.evaluation import answer_scores, as_edit, evaluate_edits
 
     split = composed(name).split(train=N_TRAIN, validation=N_VALIDATION, test=N_TEST, seed=seed)
     parts = [task.split(train=N_TRAIN, test=N_TEST, seed=seed) for task in tasks(PARTS[name])]
-    joint = fit_auto(model, split.train, alphas=ALPHAS, n_folds=2, seed=seed)
-    fitted = fit_many(model, [FitProblem(p.train, joint.layer, None, joint.alpha) for p in parts])
+    joint = fit_auto(
+        model, split.train, layers=layers_of(model), alphas=(ALPHA, 0.0), **search(seed)
+    )
+    fitted = fit_many(
+        model,
+        [FitProblem(p.train, joint.layer, None, joint.alpha) for p in parts],
+        max_evaluations=CHOOSING_EVALUATIONS,
+        relax_steps=joint.candidate.relax_steps,
+    )
     first, second = (f.intervention for f in fitted)
     grid = {
         (a, b): as_edit(model, a * first + b * second)
         for a, b in itertools.product(STRENGTHS, STRENGTHS)
         if a or b
     }
-    losses = answer_losses(model, split.validation, list(grid.values())).mean(dim=1)
-    best = list(grid)[int(losses.argmin())]
+    _, probabilities = answer_scores(model, split.validation, list(grid.values()))
+    best = list(grid)[int(probabilities.mean(dim=1).argmax())]
     edits = {f"{a:g} + {b:g}": edit for (a, b), edit in grid.items()}
     edits |= {"zero-shot": Edit(), "fitted jointly": as_edit(model, joint.fit.intervention)}
     scores = evaluate_edits(model, split.test, edits)

@@ -12,7 +12,19 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, parser, tasks
-from tables import Row, answer_row, by_method, markdown, percent, resume, source
+from tables import (
+    ALPHA,
+    N_FOLDS,
+    Row,
+    answer_row,
+    by_method,
+    layers_of,
+    markdown,
+    percent,
+    resume,
+    search,
+    source,
+)
 
 from tl_laai.rows import read_rows
 
@@ -21,7 +33,8 @@ SEEDS = (0, 1, 2, 3, 4)
 SIZES = (5, 10, 20, 50)
 N_TEST = 100
 TASKS = ("country-capital", "english-french", "singular-plural", "antonym")
-SEARCH: dict[str, Any] = {"n_folds": 2, "alphas": (0.9, 0.5)}
+# Of distillation, as in table_rules.py.
+TAUGHT_STEPS, LABEL_SHARE = (30, 45), 0.2
 NAME = "table_examples"
 
 
@@ -34,15 +47,19 @@ def compute_one(model: Any, task: Any, seed: int, n_train: int) -> list[Row]:
 
     data = draw(task, train=n_train, test=N_TEST, seed=seed)
     rows = [answer_row("few-shot", evaluate(model, data.test, demonstrations=data.train))]
-    labels = fit_auto(model, data.train, seed=seed, **SEARCH)
+    labels = fit_auto(
+        model, data.train, layers=layers_of(model), alphas=(ALPHA, 0.0), **search(seed)
+    )
     taught = fit_auto(
         model,
         data.train,
         layers=[labels.layer],
+        alphas=[0.0],
+        relax_steps=TAUGHT_STEPS,
         objectives=("distill",),
-        n_folds=2,
+        n_folds=N_FOLDS,
         seed=seed,
-        distillation=Distillation(seed=seed),
+        distillation=Distillation(label_share=LABEL_SHARE, seed=seed),
     )
     for name, chosen in (("fitted", labels), ("distilled", taught)):
         score = evaluate(model, data.test, intervention=chosen.fit.intervention)

@@ -3,8 +3,9 @@
     python experiments/table_regularisation.py                # fits, evaluates; resumes
     python experiments/table_regularisation.py --from-rows    # print the table only
 
-The layer and the penalty's strength are chosen by cross-validation inside the ten examples, the
-strength anew for each kind of penalty, as a share of the weight at which all of Delta is zero.
+The layer is chosen without a penalty, by cross-validation inside the ten examples; then, for each
+kind of penalty anew, its strength, as a share of the weight at which all of Delta is zero, and the
+steps of the relaxed fit. Beside it stands the penalised fit itself, not relaxed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, RULES, parser, tasks
-from tables import Row, answer_row, average, by_method, markdown, percent, resume, source
+from tables import (
+    Row,
+    answer_row,
+    average,
+    by_method,
+    layers_of,
+    markdown,
+    percent,
+    resume,
+    search,
+    source,
+)
 
 from tl_laai.rows import read_rows
 
@@ -23,27 +35,24 @@ N_TRAIN, N_TEST = 10, 100
 ALPHAS = (0.9, 0.5)
 # Weight of L1 as a multiple of the group weight. A pure L1 penalty is all but so.
 KINDS = {"group": 0.0, "both": 0.02, "L1": 1e3}
-ADAM_STEPS = 30
 NAME = "table_regularisation"
 
 
 def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
-    from tl_laai import fit, fit_auto
+    from tl_laai import fit_auto
     from tl_laai.evaluation import as_edit, evaluate_edits
 
     split = task.split(train=N_TRAIN, test=N_TEST, seed=seed)
-    fits, layers = {}, None
+    free = fit_auto(model, split.train, layers=layers_of(model), alphas=[0.0], **search(seed))
+    fits = {"none": (free.fit, _described(free.candidate))}
     for kind, ratio in KINDS.items():
-        chosen = fit_auto(
-            model, split.train, layers=layers, alphas=ALPHAS, l1_ratio=ratio, n_folds=2, seed=seed
-        )
-        layers = [chosen.layer]  # that of the first kind for all
-        fits[kind] = (chosen.fit, f"layer {chosen.layer}, {chosen.alpha:g} lambda_max")
-    [layer] = layers or [0]
-    free = fit(model, split.train, layer=layer, solver="adam", max_evaluations=ADAM_STEPS)
-    fits["none, 30 Adam steps"] = (free, f"layer {layer}")
-    to_the_end = fit(model, split.train, layer=layer)
-    fits["none, to the end"] = (to_the_end, f"layer {layer}")
+        for relaxed in (True, False):
+            options = search(seed) | ({} if relaxed else {"relax_steps": ()})
+            chosen = fit_auto(
+                model, split.train, layers=[free.layer], alphas=ALPHAS, l1_ratio=ratio, **options
+            )
+            name = f"{kind}, relaxed" if relaxed else kind
+            fits[name] = (chosen.fit, _described(chosen.candidate))
     edits = {name: as_edit(model, f.intervention) for name, (f, _) in fits.items()}
     scores = evaluate_edits(model, split.test, edits)
     return [
@@ -58,6 +67,11 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
         )
         for name, (f, setting) in fits.items()
     ]
+
+
+def _described(c: Any) -> str:
+    steps = f", {c.relax_steps} steps" if c.relax_steps else ""
+    return f"layer {c.layer}, {c.alpha:g} lambda_max{steps}"
 
 
 def compute(names: list[str], seeds: list[int]) -> None:

@@ -4,7 +4,8 @@
     python experiments/table_sizes.py --models google/gemma-3-1b-pt --dtype bfloat16
     python experiments/table_sizes.py --from-rows                # print the table only
 
-Layer and penalty by cross-validation inside ten examples; zero-shot prompts; 100 held out.
+Layer (after a sixth, a third or half of the model), penalty (or none) and steps by
+cross-validation inside ten examples; zero-shot prompts; 100 held out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, parser, tasks
-from tables import Row, answer_row, by_method, markdown, percent, resume, source
+from tables import (
+    ALPHA,
+    Row,
+    answer_row,
+    by_method,
+    layers_of,
+    markdown,
+    percent,
+    resume,
+    search,
+    source,
+)
 
 from tl_laai.rows import read_rows
 
@@ -21,7 +33,6 @@ MODELS = ("smollm2-135m", "gemma-3-270m")
 TASKS = ("country-capital", "singular-plural", "antonym", "english-french")
 SEEDS = (0, 1, 2, 3, 4)
 N_TRAIN, N_TEST = 10, 100
-SEARCH: dict[str, Any] = {"n_folds": 2, "alphas": (0.9, 0.5)}
 NAME = "table_sizes"
 
 
@@ -30,10 +41,13 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
     from tl_laai.recipes import compare, draw
 
     data = draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
-    chosen = fit_auto(model, data.train, seed=seed, **SEARCH)
+    chosen = fit_auto(
+        model, data.train, layers=layers_of(model), alphas=(ALPHA, 0.0), **search(seed)
+    )
     scores = compare(model, chosen.fit.intervention, data, few_shot=False)
     scores["few_shot"] = evaluate(model, data.test, demonstrations=data.train)
-    setting = f"layer {chosen.layer}, {chosen.alpha:g} lambda_max"
+    setting = f"layer {chosen.layer}, {chosen.alpha:g} lambda_max, "
+    setting += f"{chosen.candidate.relax_steps} steps"
     n_heads = int((chosen.fit.solution.delta.norm(dim=-1) > 0).sum())
     return [
         answer_row("zero-shot", scores["zero_shot"]),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from methods_on_tiny import EXAMPLES, model_of
 
-from tl_laai.baselines import METHODS, Trial, _loss, answer_losses, compare_methods, tune
+from tl_laai.baselines import METHODS, Trial, _score, compare_methods, tune
 from tl_laai.decoding import Edit
-from tl_laai.evaluation import evaluate
+from tl_laai.evaluation import answer_scores, evaluate
 from tl_laai.methods import Method, Setting
 from tl_laai.prompts import tokenise
 from tl_laai.tasks import Example, cross_validation_folds
@@ -40,34 +40,36 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def slow_loss(model: Any, examples: Sequence[Example], edit: Edit) -> float:
-    """Cross-entropy of answers: mean over their tokens, then over examples."""
-    losses = []
+def slow_scores(model: Any, examples: Sequence[Example], edit: Edit) -> tuple[float, float]:
+    """Mean cross-entropy of answers (mean over their tokens), and mean probability of the whole."""
+    losses, probabilities = [], []
     for example in tokenise(model, examples):
         with torch.no_grad():
             steps = oracle.log_probabilities(
                 model, example, edit.deltas, edit.position, edit.scale, edit.residual, edit.replace
             )
         losses.append(-float(steps.mean()))
-    return sum(losses) / len(losses)
+        probabilities.append(float(steps.sum().exp()))
+    return sum(losses) / len(losses), sum(probabilities) / len(probabilities)
 
 
 @pytest.mark.parametrize("method", [TaskVector((1, 3)), MeanDifference((2,), (1.0, 3.0))])
-def test_the_table_is_each_settings_loss_on_what_it_was_not_made_from(
+def test_the_table_is_each_settings_score_on_what_it_was_not_made_from(
     model: Any, method: Method
 ) -> None:
     tuned = tune(model, MORE, method, n_folds=3, seed=1)
     assert [trial.setting for trial in tuned.table] == list(method.grid(model))
     for trial in tuned.table:
-        losses = []
+        scores = []
         for held_out in cross_validation_folds(MORE, 3, 1):
             known = [e for i, e in enumerate(MORE) if i not in held_out]
             (edit,) = method.candidates(model, known, [trial.setting]).values()
-            losses.append(slow_loss(model, [MORE[i] for i in held_out], edit))
-        loss = torch.tensor(losses, dtype=torch.float64)
+            scores.append(slow_scores(model, [MORE[i] for i in held_out], edit))
+        loss, probability = torch.tensor(scores, dtype=torch.float64).unbind(dim=1)
+        assert trial.validation_probability == pytest.approx(probability.mean().item(), rel=1e-8)
         assert trial.validation_loss == pytest.approx(loss.mean().item(), rel=1e-8)
         assert trial.standard_error == pytest.approx(loss.std().item() / 3**0.5, rel=1e-6)
-    best = min(tuned.table, key=lambda trial: trial.validation_loss)
+    best = max(tuned.table, key=lambda trial: trial.validation_probability)
     assert tuned.setting == best.setting
     (edit,) = method.candidates(model, MORE, [best.setting]).values()
     for mine, own in ((tuned.edit.residual, edit.residual), (tuned.edit.replace, edit.replace)):
@@ -75,12 +77,14 @@ def test_the_table_is_each_settings_loss_on_what_it_was_not_made_from(
         assert all(torch.equal(mine[layer], own[layer]) for layer in own)
 
 
-def test_losses_are_means_over_an_answers_tokens(model: Any) -> None:
+def test_losses_are_means_over_an_answers_tokens_and_probabilities_of_all(model: Any) -> None:
     delta = oracle.random_delta(model)
-    got = answer_losses(model, MORE, [Edit(), Edit({1: delta})])
-    assert got.shape == (2, len(MORE))
-    for row, edit in zip(got.mean(dim=1).tolist(), (Edit(), Edit({1: delta})), strict=True):
-        assert row == pytest.approx(slow_loss(model, MORE, edit), rel=1e-9)
+    edits = (Edit(), Edit({1: delta}))
+    got = answer_scores(model, MORE, edits)
+    assert got[0].shape == got[1].shape == (2, len(MORE))
+    for i, edit in enumerate(edits):
+        means = [float(part[i].mean()) for part in got]
+        assert means == pytest.approx(slow_scores(model, MORE, edit), rel=1e-8)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -106,7 +110,7 @@ def test_methods_stand_beside_zero_shot_and_few_shot(model: Any) -> None:
     assert few == pytest.approx(shown.log_probability, rel=1e-9)
     (edit,) = TaskVector().candidates(model, EXAMPLES, [Setting(layer=2)]).values()
     lengths = torch.tensor([len(e.answer) for e in tokenise(model, TEST)])
-    whole = -(answer_losses(model, TEST, [edit])[0] * lengths).mean()
+    whole = -(answer_scores(model, TEST, [edit])[0][0] * lengths).mean()
     assert vector == pytest.approx(whole.item(), rel=1e-9)
     assert [str(one.setting) for one in got] == ["", "", "layer 2"]
     assert told[0] == (0, 5)
@@ -114,11 +118,9 @@ def test_methods_stand_beside_zero_shot_and_few_shot(model: Any) -> None:
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
-def test_a_setting_whose_loss_is_not_a_number_is_never_best() -> None:
-    setting = Setting(layer=1)
-    assert min(Trial(setting, math.nan, 0.0), Trial(setting, 3.0, 0.0), key=_loss) == Trial(
-        setting, 3.0, 0.0
-    )
+def test_a_setting_whose_score_is_not_a_number_is_never_best() -> None:
+    broken, sound = (Trial(Setting(layer=1), 3.0, 0.0, p) for p in (math.nan, 0.2))
+    assert max(broken, sound, key=_score) == sound
 
 
 def test_what_cannot_be_tuned_is_refused(model: Any) -> None:

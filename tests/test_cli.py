@@ -272,6 +272,7 @@ def test_fit_passes_every_option_on(
         "tolerance": 0.5,
         "max_evaluations": 7,
         "learning_rate": 0.25,
+        "relax_steps": 0,
     }
 
 
@@ -411,7 +412,7 @@ def test_the_demo_fits_compares_shows_and_saves(
     monkeypatch.setattr(fit_commands, "DEMO_LAYER", 1)
     monkeypatch.setattr(fit_commands, "DEMO_TASK", "upper.json")
     text = done("demo", "--out", tmp_path / "demo").stdout
-    for part in ("zero-shot", "10-shot", "intervened", "converged", "right answer", "Saved to"):
+    for part in ("zero-shot", "10-shot", "intervened", "relaxed", "right answer", "Saved to"):
         assert part in text.lower() or part in text
     saved = Intervention.from_pretrained(tmp_path / "demo")
     assert saved.provenance["split"]["train"] == 10
@@ -547,8 +548,20 @@ def test_fit_chooses_layer_and_penalty_unless_told(
     assert {row["layer"] for row in table} == {0, 1, 2}
     lines = [line.split() for line in result.stdout.splitlines()]
     [chosen] = [words for words in lines if words[-1:] == ["chosen"] and "±" in words]
-    best = min(table, key=lambda row: row["validation_loss"])
-    assert chosen[:2] == [str(best["layer"]), f"{best['alpha']:g}"]
+    final = [row for row in table if row["round"] == "final"]
+    best = max(final, key=lambda row: row["validation_probability"])
+    assert chosen[:3] == [str(best["layer"]), f"{best['alpha']:g}", str(best["relax_steps"])]
+
+
+def test_fit_relaxes_as_often_as_asked(inside: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done(*fit_arguments(inside, alpha=0.5, relax=4, out=out))
+    assert Intervention.from_pretrained(out).provenance["solver"]["relax_steps"] == 4
+    done(*fit_arguments(inside, layer="auto", relax=3, train=4, out=out))
+    kept = Intervention.from_pretrained(out).provenance
+    assert {row["relax_steps"] for row in kept["selection"]["table"]} == {3}
+    message = refused(laai(*fit_arguments(inside, relax=3, preset="paper", out=out)), 2)
+    assert "--preset paper sets" in message
 
 
 def test_choosing_a_layer_by_an_absolute_penalty_is_refused(inside: Path, tmp_path: Path) -> None:

@@ -197,31 +197,35 @@ def test_the_table_is_complete_and_the_choice_is_its_best_refitted() -> None:
         (0.02, 3),
     ]
     for row in chosen.table:
-        losses = []
+        losses, probabilities = [], []
         for fold in cross_validation_folds(EXAMPLES, 2, 3):
             kept = [e for i, e in enumerate(EXAMPLES) if i not in fold]
             setting = {"learning_rate": row.learning_rate, "steps": row.steps}
             alone = trained(examples=kept, **setting, **options)
             with alone.applied() as inside:
                 asked = tokenise(model, [EXAMPLES[i] for i in fold])
-                losses.append(torch.stack([slow_losses(inside, e).mean() for e in asked]).mean())
+                own = [slow_losses(inside, e) for e in asked]
+            losses.append(torch.stack([tokens.mean() for tokens in own]).mean())
+            probabilities.append(torch.stack([(-tokens.sum()).exp() for tokens in own]).mean())
         slow = torch.stack(losses)
+        mean = torch.stack(probabilities).mean().item()
+        assert row.validation_probability == pytest.approx(mean, rel=1e-8)
         assert row.validation_loss == pytest.approx(slow.mean().item(), rel=1e-9)
         assert row.standard_error == pytest.approx(slow.std().item() / 2**0.5, rel=1e-6)
         assert row.n_folds == 2
-    best = min(chosen.table, key=lambda row: row.validation_loss)
+    best = max(chosen.table, key=lambda row: row.validation_probability)
     assert (chosen.learning_rate, chosen.steps) == (best.learning_rate, best.steps)
     again = trained(learning_rate=best.learning_rate, steps=best.steps, **options)
     assert chosen.fine_tuned.losses == again.losses
 
 
 def test_candidates_that_diverge_are_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = finetuning._validation_losses
+    real = finetuning._validation_scores
 
-    def fake(task: Any, rate: float, *rest: Any) -> list[float]:
-        return [math.nan] if rate == 0.01 else real(task, rate, *rest)
+    def fake(task: Any, rate: float, *rest: Any) -> list[tuple[float, float]]:
+        return [(math.nan, math.nan)] if rate == 0.01 else real(task, rate, *rest)
 
-    monkeypatch.setattr(finetuning, "_validation_losses", fake)
+    monkeypatch.setattr(finetuning, "_validation_scores", fake)
     chosen = tune_fine_tuning(
         model_of("bridge"),
         EXAMPLES,

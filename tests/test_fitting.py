@@ -13,9 +13,10 @@ import torch
 from conftest import every_position, needs_hooked
 from tiny import tiny_model
 
+from tl_laai.batches import Fit, FitProblem
 from tl_laai.engine import Engine
 from tl_laai.fingerprints import fingerprint
-from tl_laai.fitting import Fit, FitProblem, fit, fit_many
+from tl_laai.fitting import fit, fit_many
 from tl_laai.penalties import SparseGroupLasso
 from tl_laai.prompts import PromptTemplate, TokenisedExample, tokenise
 from tl_laai.solvers import Progress, Status

@@ -9,7 +9,8 @@ import oracle
 import pytest
 import torch
 
-from tl_laai.fitting import FitProblem, fit
+from tl_laai.batches import FitProblem
+from tl_laai.fitting import fit
 from tl_laai.paths import Path, fit_path, fit_paths
 from tl_laai.prompts import tokenise
 from tl_laai.solvers import Status

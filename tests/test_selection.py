@@ -41,13 +41,16 @@ def model(windowed: Any) -> Any:
 
 
 @functools.cache
-def told_choice(backend: str) -> tuple[Selection, list[tuple[str, int, int]]]:
+def told_choice(
+    backend: str, relax_steps: tuple[int, ...] = ()
+) -> tuple[Selection, list[tuple[str, int, int]]]:
     """One choice among four layers, and what its progress told."""
     told: list[tuple[str, int, int]] = []
     chosen = fit_auto(
         oracle.shared_model(backend),
         EXAMPLES,
         alphas=ALPHAS,
+        relax_steps=relax_steps,
         n_folds=N_FOLDS,
         seed=5,
         max_evaluations=EVALUATIONS,
@@ -61,18 +64,28 @@ def rows_of(chosen: Selection, name: str) -> list[Candidate]:
     return [row for row in chosen.table if row.round == name]
 
 
-def slow_losses(
-    model: Any, layer: int, alpha: float, folds: list[list[int]], n: int
-) -> list[float]:
-    """One fit at a time, scored on its held-out fold by full forwards."""
-    losses = []
+def slow_scores(
+    model: Any, row: Candidate, folds: list[list[int]], n: int
+) -> tuple[list[float], list[float]]:
+    """Losses and probabilities: one fit at a time, scored held out by full forwards."""
+    losses, probabilities = [], []
     for held_out in folds:
         train = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
-        own = fit(model, train, layer=layer, alpha=alpha, max_evaluations=n)
+        own = fit(
+            model,
+            train,
+            layer=row.layer,
+            alpha=row.alpha,
+            max_evaluations=n,
+            relax_steps=row.relax_steps,
+        )
         test = tokenise(model, [EXAMPLES[i] for i in held_out])
         with torch.no_grad():
-            losses.append(oracle.loss(model, test, own.intervention.deltas).item())
-    return losses
+            each = [oracle.loss(model, [e], own.intervention.deltas).item() for e in test]
+        losses.append(sum(each) / len(each))
+        wholes = [loss * len(e.answer) for loss, e in zip(each, test, strict=True)]
+        probabilities.append(sum(math.exp(-whole) for whole in wholes) / len(wholes))
+    return losses, probabilities
 
 
 @settings(deadline=None, max_examples=50)
@@ -100,71 +113,103 @@ def test_examples_with_the_same_label_are_held_out_together() -> None:
 
 
 def test_prompts_of_one_opinion_question_are_held_out_together(model: Any) -> None:
-    options = {"layers": [1], "alphas": [0.5], "n_folds": 4, "max_evaluations": 2}
+    options = {"layers": [1], "alphas": [0.5], "n_folds": 4, "relax_steps": (2,)}
     texts = [(question, order) for question in "abcd" for order in ("x", "y")]
     prompts = [OptionExample(q + o, ("A", "B"), (0.3, 0.7), (), q) for q, o in texts]
     own = fit_auto(model, prompts, **options)
     assert own.table == fit_auto(model, prompts, groups=[q for q, _ in texts], **options).table
     assert own.table != fit_auto(model, prompts, groups=range(8), **options).table
+    [row] = own.table
+    assert row.fold_scores == tuple(-loss for loss in row.fold_losses)
     with pytest.raises(ValueError, match=r"examples holds 3: .*one without the other"):
         fit_auto(model, prompts[:6], **options)
     with pytest.raises(ValueError, match="groups has 2 labels, but there are 8 examples"):
         fit_auto(model, prompts, groups="ab", **options)
 
 
-def test_every_layer_is_screened_and_the_best_few_meet_every_penalty(backend: str) -> None:
-    chosen, _ = told_choice(backend)
+STAGES = pytest.mark.parametrize("relax_steps", [(), (3, 5)], ids=["penalised", "relaxed"])
+
+
+@STAGES
+def test_every_layer_is_screened_and_the_best_few_meet_every_penalty(
+    backend: str, relax_steps: tuple[int, ...]
+) -> None:
+    chosen, _ = told_choice(backend, relax_steps)
     screened = rows_of(chosen, "screening")
-    assert [(row.layer, row.alpha, row.n_folds) for row in screened] == [
-        (layer, selection.SCREENING_ALPHA, 2) for layer in range(4)
+    at = (0.0, selection.SCREENING_STEPS) if relax_steps else (selection.SCREENING_ALPHA, 0)
+    assert [(row.layer, row.alpha, row.relax_steps, row.n_folds) for row in screened] == [
+        (layer, *at, 2) for layer in range(4)
     ]
-    best = sorted(screened, key=lambda row: row.validation_loss)[: selection.FINALISTS]
+    best = sorted(screened, key=lambda row: -row.validation_probability)[: selection.FINALISTS]
     final = rows_of(chosen, "final")
-    assert [(row.layer, row.alpha) for row in final] == [
-        (layer, alpha) for layer in sorted(row.layer for row in best) for alpha in ALPHAS
+    assert sorted((row.layer, -row.alpha, row.relax_steps) for row in final) == [
+        (layer, -alpha, steps)
+        for layer in sorted(row.layer for row in best)
+        for alpha in ALPHAS
+        for steps in relax_steps or (0,)
     ]
     assert chosen.table == (*screened, *final)
 
 
-def test_the_choice_has_the_lowest_validation_loss_of_the_final_round(backend: str) -> None:
-    chosen, _ = told_choice(backend)
-    best = min(rows_of(chosen, "final"), key=lambda row: row.validation_loss)
-    assert (chosen.layer, chosen.alpha) == (best.layer, best.alpha)
-    assert len({row.validation_loss for row in rows_of(chosen, "final")}) > 1
+@STAGES
+def test_the_choice_has_the_highest_held_out_probability_of_the_final_round(
+    backend: str, relax_steps: tuple[int, ...]
+) -> None:
+    chosen, _ = told_choice(backend, relax_steps)
+    final = rows_of(chosen, "final")
+    assert chosen.candidate == max(final, key=lambda row: row.validation_probability)
+    assert (chosen.layer, chosen.alpha) == (chosen.candidate.layer, chosen.candidate.alpha)
+    assert len({row.validation_probability for row in final}) > 1
 
 
-def test_validation_losses_are_those_of_fits_made_fold_by_fold(backend: str, model: Any) -> None:
-    chosen, _ = told_choice(backend)
+@STAGES
+def test_scores_are_those_of_fits_made_fold_by_fold(
+    backend: str, model: Any, relax_steps: tuple[int, ...]
+) -> None:
+    chosen, _ = told_choice(backend, relax_steps)
     folds = cross_validation_folds(EXAMPLES, N_FOLDS, 5)
-    for row in rows_of(chosen, "final")[::2]:
-        slow = torch.tensor(slow_losses(model, row.layer, row.alpha, folds, EVALUATIONS))
-        assert row.validation_loss == pytest.approx(slow.mean().item(), rel=1e-6)
-        spread = math.sqrt((slow - slow.mean()).square().sum().item() / (len(folds) - 1))
-        assert row.standard_error == pytest.approx(spread / math.sqrt(len(folds)), rel=1e-5)
-        assert row.n_folds == N_FOLDS
-    row = rows_of(chosen, "screening")[3]
-    slow = torch.tensor(
-        slow_losses(model, 3, row.alpha, folds[:2], selection.SCREENING_EVALUATIONS)
+    screened = (rows_of(chosen, "screening")[3], folds[:2], selection.SCREENING_EVALUATIONS)
+    final = [(row, folds, EVALUATIONS) for row in rows_of(chosen, "final")[::3]]
+    for row, parts, evaluations in (screened, *final):
+        losses, probabilities = map(torch.tensor, slow_scores(model, row, parts, evaluations))
+        assert row.validation_loss == pytest.approx(losses.mean().item(), rel=1e-6)
+        assert row.validation_probability == pytest.approx(probabilities.mean().item(), rel=1e-6)
+        assert row.fold_scores == pytest.approx(probabilities.tolist(), rel=1e-6)
+        spread = math.sqrt((losses - losses.mean()).square().sum().item() / (len(parts) - 1))
+        assert row.standard_error == pytest.approx(spread / math.sqrt(len(parts)), rel=1e-4)
+        assert row.n_folds == len(parts)
+
+
+@STAGES
+def test_the_choice_is_refitted_on_all_examples_for_as_long_as_it_was_tried(
+    backend: str, model: Any, relax_steps: tuple[int, ...]
+) -> None:
+    chosen, _ = told_choice(backend, relax_steps)
+    alone = fit(
+        model,
+        EXAMPLES,
+        layer=chosen.layer,
+        alpha=chosen.alpha,
+        max_evaluations=EVALUATIONS,
+        relax_steps=chosen.candidate.relax_steps,
     )
-    assert row.validation_loss == pytest.approx(slow.mean().item(), rel=1e-6)
-
-
-def test_the_choice_is_refitted_on_all_examples(backend: str, model: Any) -> None:
-    chosen, _ = told_choice(backend)
-    alone = fit(model, EXAMPLES, layer=chosen.layer, alpha=chosen.alpha)
     assert chosen.fit.solution.objective == pytest.approx(alone.solution.objective, rel=1e-9)
     assert chosen.fit.layer == chosen.layer
     origin = chosen.fit.intervention.provenance
     assert origin["task"] == "letters"
     assert origin["n_train"] == len(EXAMPLES)
     assert origin["selection"]["table"] == [
-        vars(row) | {"fold_losses": list(row.fold_losses)} for row in chosen.table
+        vars(row) | {"fold_losses": list(row.fold_losses), "fold_scores": list(row.fold_scores)}
+        for row in chosen.table
     ]
     assert (origin["selection"]["folds"], origin["selection"]["seed"]) == (N_FOLDS, 5)
 
 
-def test_progress_never_goes_back_and_ends_at_the_whole(backend: str) -> None:
-    _, told = told_choice(backend)
+@STAGES
+def test_progress_never_goes_back_and_ends_at_the_whole(
+    backend: str, relax_steps: tuple[int, ...]
+) -> None:
+    _, told = told_choice(backend, relax_steps)
     done = [state[1] for state in told]
     [whole] = {state[2] for state in told}
     assert done == sorted(done)
@@ -177,9 +222,11 @@ def test_progress_never_goes_back_and_ends_at_the_whole(backend: str) -> None:
         "refit",
     ]
     # Four layers in two folds, and two penalties at three layers in three folds, then one fit.
-    screening = 4 * 2 * selection.SCREENING_EVALUATIONS
-    final = 3 * 2 * 3 * EVALUATIONS
-    assert whole == screening + final + selection.REFIT_EVALUATIONS
+    brief = selection.SCREENING_STEPS + 1 if relax_steps else selection.SCREENING_EVALUATIONS
+    screening = 4 * 2 * brief
+    one = EVALUATIONS + (max(relax_steps) + 1 if relax_steps else 0)
+    final = 3 * 2 * 3 * one
+    assert whole == screening + final + one
     at_last = {name: step for name, step, _ in told}
     assert at_last["screening"] <= screening < at_last["final"] <= screening + final
 
@@ -191,6 +238,7 @@ def test_one_layer_is_not_screened(model: Any) -> None:
         EXAMPLES[:4],
         layers=[2],
         alphas=[0.9],
+        relax_steps=(),
         max_evaluations=2,
         l1_ratio=0.1,
         position="every_step",
@@ -203,11 +251,13 @@ def test_one_layer_is_not_screened(model: Any) -> None:
     assert chosen.fit.intervention.position == "every_step"
 
 
-def test_a_candidate_without_a_finite_loss_is_never_chosen() -> None:
-    rows = [Candidate(layer, 0.5, "final", loss, 0.1, 1.0, (loss,) * 5) for layer, loss in
-            enumerate([math.nan, 2.0, math.inf, 1.0])]  # fmt: skip
-    assert min(rows, key=selection._loss).layer == 3
-    assert json.dumps(selection._as_json(rows[0]), allow_nan=False).count("null") == 6
+def test_a_candidate_without_a_finite_score_is_never_chosen() -> None:
+    rows = [
+        Candidate(layer, 0.5, "final", -score, 0.1, score, 1.0, (-score,) * 5, (score,) * 5)
+        for layer, score in enumerate([math.nan, 0.2, -math.inf, 0.4])
+    ]
+    assert selection._best_first(rows)[0].layer == 3
+    assert json.dumps(selection._as_json(rows[0]), allow_nan=False).count("null") == 12
 
 
 @pytest.mark.parametrize(
@@ -219,6 +269,7 @@ def test_a_candidate_without_a_finite_loss_is_never_chosen() -> None:
         ({"layers": ()}, "layers is empty"),
         ({"layers": (0, 4)}, "layers holds 4; this model has layers 0 to 3"),
         ({"n_folds": 1}, "n_folds is 1; use at least 2"),
+        ({"relax_steps": (0, 3)}, "relax_steps holds 0; give 1 or more"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_refused(
@@ -235,16 +286,17 @@ def test_distillation_competes_with_labels_on_the_folds_that_both_were_tried_on(
     told: list[str] = []
     chosen = fit_auto(
         model, EXAMPLES, layers=[0, 1], alphas=[0.5], n_folds=3, objectives=("answers", "distill"),
-        distillation=settings, max_evaluations=3, progress=lambda name, *_: told.append(name),
+        distillation=settings, relax_steps=(3, 4), max_evaluations=3,
+        progress=lambda name, *_: told.append(name),
     )  # fmt: skip
     taught = [row for row in chosen.table if row.objective == "distill"]
     labelled = [row for row in chosen.table if row.objective == "answers"]
     assert {(r.layer, r.label_share, r.n_folds) for r in taught} == {
         (layer, share, 2) for layer in (0, 1) for share in selection.DISTILLED_SHARES
     }
-    best = [min(rows, key=selection._loss) for rows in (labelled, taught)]
-    shared = [sum(row.fold_losses[:2]) for row in best]
-    assert chosen.objective == best[shared.index(min(shared))].objective
+    best = [selection._best_first(rows)[0] for rows in (labelled, taught)]
+    shared = [row.score(2) for row in best]
+    assert chosen.objective == best[shared.index(max(shared))].objective
     assert {"final", "distilled", "refit"} == set(told)
     alone = fit_auto(
         model, EXAMPLES, layers=[1], n_folds=2, objectives=["distill"], distillation=settings

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _ROOM_OF = {
     "Example": "tasks",
-    "FitProblem": "fitting",
+    "FitProblem": "batches",
     "Intervention": "interventions",
     "OpinionTask": "polls",
     "PromptTemplate": "prompts",
@@ -58,8 +58,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tl_laai.attribution import ablate_heads, attribute
+    from tl_laai.batches import FitProblem
     from tl_laai.evaluation import evaluate
-    from tl_laai.fitting import FitProblem, fit, fit_many
+    from tl_laai.fitting import fit, fit_many
     from tl_laai.interventions import Intervention
     from tl_laai.models import fingerprint, load_model
     from tl_laai.paths import fit_path

@@ -1,9 +1,9 @@
 """Baselines under one protocol: every method's settings chosen by the same cross-validation.
 
 For each fold a method makes the edits of its whole grid from the fold's training part, and all of
-them are scored on the held-out part as one batch, by the cross-entropy of the answers (the mean
-over an answer's tokens, then over examples and folds), which is also how `tl_laai.selection`
-chooses layer and penalty of a fit. The best setting is made again from all examples.
+them are scored on the held-out part as one batch, by the probability of the answers (the whole
+answer's, mean over examples and folds), which is also how `tl_laai.selection` chooses for a fit.
+The best setting is made again from all examples.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from tl_laai.decoding import Edit, answer_log_probabilities
-from tl_laai.evaluation import Evaluation, evaluate, evaluate_edits
+from tl_laai.decoding import Edit
+from tl_laai.evaluation import Evaluation, answer_scores, evaluate, evaluate_edits
 from tl_laai.head_vectors import InferenceTimeIntervention, LearntHeads
 from tl_laai.methods import Method, Setting
-from tl_laai.prefix import freeze
-from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
+from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.tasks import Example, cross_validation_folds
 from tl_laai.vectors import FunctionVector, InContextVector, MeanDifference, TaskVector
 
@@ -46,11 +43,13 @@ class Trial:
         setting: what was tried.
         validation_loss: held-out answer cross-entropy in nats, mean over folds.
         standard_error: of that mean over folds.
+        validation_probability: of the held-out answers, mean over folds: what is chosen by.
     """
 
     setting: Setting
     validation_loss: float
     standard_error: float
+    validation_probability: float
 
 
 @dataclass(frozen=True)
@@ -111,45 +110,31 @@ def tune(
     if n_folds > len(examples):
         raise ValueError(f"n_folds is {n_folds}, more than the {len(examples)} examples: use fewer")
     parts = cross_validation_folds(examples, n_folds, seed)
-    scores = []
+    losses, probabilities = [], []
     for i, held_out in enumerate(parts):
         known = [e for j, e in enumerate(examples) if j not in held_out]
         asked = [examples[j] for j in held_out]
         edits = method.candidates(model, known, grid, template=template)
-        losses = answer_losses(model, asked, [edits[s] for s in grid], template=template)
-        scores.append(losses.mean(dim=1))
+        loss, probability = answer_scores(model, asked, [edits[s] for s in grid], template=template)
+        losses.append(loss.mean(dim=1))
+        probabilities.append(probability.mean(dim=1))
         if progress is not None:
             progress(i + 1, len(parts) + 1)
-    loss = torch.stack(scores, dim=1)
+    loss = torch.stack(losses, dim=1)
     error = loss.std(dim=1, correction=1) / len(parts) ** 0.5
-    table = tuple(map(Trial, grid, loss.mean(dim=1).tolist(), error.tolist()))
-    best = min(table, key=_loss).setting
+    mean = torch.stack(probabilities, dim=1).mean(dim=1)
+    table = tuple(map(Trial, grid, loss.mean(dim=1).tolist(), error.tolist(), mean.tolist()))
+    best = max(table, key=_score).setting
     edit = method.candidates(model, examples, [best], template=template)[best]
     if progress is not None:
         progress(len(parts) + 1, len(parts) + 1)
     return Tuned(edit, best, table)
 
 
-def _loss(trial: Trial) -> float:
+def _score(trial: Trial) -> float:
     """What settings are sorted by; a strong edit in half precision can give NaN."""
-    return math.inf if math.isnan(trial.validation_loss) else trial.validation_loss
-
-
-def answer_losses(
-    model: Any,
-    examples: Sequence[Example],
-    edits: Sequence[Edit],
-    *,
-    template: PromptTemplate = DEFAULT_TEMPLATE,
-) -> Float[Tensor, "n_edits n_examples"]:
-    """Cross-entropy of each answer under each edit, mean over the answer's tokens, in nats.
-
-    Example:
-        >>> answer_losses(model, split.validation, [Edit()]).mean()  # doctest: +SKIP
-    """
-    tokenised = tokenise(model, examples, template=template)
-    lengths = torch.tensor([len(e.answer) for e in tokenised], dtype=torch.float64)
-    return -answer_log_probabilities(freeze(model, tokenised), edits) / lengths
+    probability = trial.validation_probability
+    return -math.inf if math.isnan(probability) else probability
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from tl_laai.batches import Fit
     from tl_laai.evaluation import Evaluation
-    from tl_laai.fitting import Fit
     from tl_laai.interventions import Intervention
     from tl_laai.surveys import OpinionEvaluation
 
@@ -255,6 +255,8 @@ def show_fit(fitted: Fit) -> None:
     status, n = solution.status.name.lower(), solution.n_evaluations
     if status == "converged":
         table.add_row("status", Text(f"converged after {n} evaluations", style="green"))
+    elif status == "early_stopped":
+        table.add_row("status", f"relaxed, stopped after {n} evaluations, as asked for")
     else:
         text = f"NOT CONVERGED ({status}) after {n} evaluations: stationarity "
         table.add_row("status", Text(text + f"{solution.stationarity:.2g}", style="bold yellow"))

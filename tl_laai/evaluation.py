@@ -6,6 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
 from tl_laai.interventions import Intervention
 from tl_laai.metrics import exact_match
@@ -142,6 +146,27 @@ def evaluate_edits(
         name: Evaluation(tuple(answer_rows(model, examples, answers[i], scores[i])))
         for i, name in enumerate(edits)
     }
+
+
+def answer_scores(
+    model: Any,
+    examples: Sequence[Example],
+    edits: Sequence[Edit],
+    *,
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+) -> tuple[Float[Tensor, "n_edits n_examples"], Float[Tensor, "n_edits n_examples"]]:
+    """Cross-entropy of each answer under each edit, and its probability.
+
+    Example:
+        >>> answer_scores(model, split.validation, [Edit()])[1].mean()  # doctest: +SKIP
+
+    Returns:
+        The mean over the answer's tokens, in nats; the probability of the whole answer.
+    """
+    tokenised = tokenise(model, examples, template=template)
+    lengths = torch.tensor([len(e.answer) for e in tokenised], dtype=torch.float64)
+    found = answer_log_probabilities(freeze(model, tokenised), edits)
+    return -found / lengths, found.exp()
 
 
 def answer_rows(

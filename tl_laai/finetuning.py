@@ -136,6 +136,7 @@ class FineTuningCandidate:
         learning_rate, steps: the candidate.
         validation_loss: held-out answer cross-entropy in nats, mean over folds.
         standard_error: of that mean over folds.
+        validation_probability: of the held-out answers, mean over folds: what is chosen by.
         n_folds: folds that were trained.
     """
 
@@ -143,6 +144,7 @@ class FineTuningCandidate:
     steps: int
     validation_loss: float
     standard_error: float
+    validation_probability: float
     n_folds: int
 
 
@@ -228,7 +230,7 @@ def tune_fine_tuning(
     """Train with learning rate and number of steps chosen by k-fold cross-validation.
 
     All numbers of steps are scored along one run, so only learning rates cost more. The score
-    and the folds are those of `selection.fit_auto`: held-out answer cross-entropy.
+    and the folds are those of `selection.fit_auto`: the probability of held-out answers.
 
     Example:
         >>> chosen = tune_fine_tuning(model, split.train)  # doctest: +SKIP
@@ -269,23 +271,24 @@ def tune_fine_tuning(
     task = _Task.of(model, examples, config, batch_size, template, seed, hf_model)
     table: list[FineTuningCandidate] = []
     for rate in rates:
-        runs = [_validation_losses(task, rate, checkpoints, fold) for fold in held_out]
-        losses = torch.tensor(runs, dtype=torch.float64)
+        runs = [_validation_scores(task, rate, checkpoints, fold) for fold in held_out]
+        losses, probabilities = torch.tensor(runs, dtype=torch.float64).unbind(dim=2)
         errors = losses.std(dim=0, correction=1) / len(held_out) ** 0.5
+        columns = (losses.mean(dim=0), errors, probabilities.mean(dim=0))
         table += [
-            FineTuningCandidate(rate, at, mean, error, len(held_out))
-            for at, mean, error in zip(
-                checkpoints, losses.mean(dim=0).tolist(), errors.tolist(), strict=True
+            FineTuningCandidate(rate, at, loss, error, probability, len(held_out))
+            for at, loss, error, probability in zip(
+                checkpoints, *(column.tolist() for column in columns), strict=True
             )
         ]
-    best = min(table, key=_by_loss)
+    best = max(table, key=_score)
     fine_tuned = _fine_tune(task, best.learning_rate, best.steps)
     return FineTuningSelection(fine_tuned, tuple(table), best.learning_rate, best.steps)
 
 
-def _by_loss(candidate: FineTuningCandidate) -> float:
-    loss = candidate.validation_loss
-    return math.inf if math.isnan(loss) else loss
+def _score(candidate: FineTuningCandidate) -> float:
+    probability = candidate.validation_probability
+    return -math.inf if math.isnan(probability) else probability
 
 
 # ------------------------------------------------------------------------- what is trained on
@@ -391,18 +394,20 @@ def _fine_tune(task: _Task, learning_rate: float, steps: int) -> FineTuned:
     )
 
 
-def _validation_losses(
+def _validation_scores(
     task: _Task, learning_rate: float, checkpoints: Sequence[int], held_out: Sequence[int]
-) -> list[float]:
-    """Held-out loss at each checkpoint of a run on the other examples."""
+) -> list[tuple[float, float]]:
+    """Held-out loss and probability at each checkpoint of a run on the other examples."""
     kept = [e for i, e in enumerate(task.examples) if i not in held_out]
     asked = [task.examples[i] for i in held_out]
-    losses = []
+    scores = []
     with adapted(task.hf_model, task.config, task.seed) as hf_model:
         for _ in _train(hf_model, task, kept, learning_rate, checkpoints, []):
             with torch.no_grad():
-                losses.append(float(answer_loss(hf_model, asked)))
-    return losses
+                own = [t.double() for t in token_losses(hf_model, asked)]
+            loss = sum(float(t.mean()) for t in own) / len(own)
+            scores.append((loss, sum(float((-t.sum()).exp()) for t in own) / len(own)))
+    return scores
 
 
 def _train(

@@ -12,7 +12,6 @@ from tl_laai import display
 from tl_laai.options import AnyBackend, AnyModel, Json, layer_number, load
 
 # Shares of lambda_max that cross-validation tries.
-OPINION_ALPHAS = (0.3, 0.1, 0.03)
 OPINION_STEPS, OPINION_LEARNING_RATE = 45, 0.03
 
 
@@ -69,9 +68,10 @@ def opinions(
         )
     limit = max_evaluations or OPINION_STEPS
     loaded = load(model, backend)
-    from tl_laai.fitting import FitProblem, fit_many
+    from tl_laai.batches import FitProblem
+    from tl_laai.fitting import fit_many
     from tl_laai.opinions import DEFAULT_OPINION_TEMPLATE
-    from tl_laai.selection import REFIT_EVALUATIONS, fit_auto
+    from tl_laai.selection import fit_auto
     from tl_laai.surveys import compare_opinions
 
     examples = task.examples(
@@ -93,10 +93,9 @@ def opinions(
             fitted = fit_auto(
                 loaded,
                 examples,
-                alphas=OPINION_ALPHAS if alpha is None else [alpha],
+                alphas=None if alpha is None else [alpha],
                 n_folds=3,
-                # Fits stopped earlier would be scored as better regularised than the refit is.
-                max_evaluations=REFIT_EVALUATIONS,
+                learning_rate=OPINION_LEARNING_RATE,
                 provenance=known,
                 progress=lambda _, done, total: progress(done, total),
             ).fit

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_laai.fitting import Fit, FitBatch, FitProblem
+from tl_laai.batches import Fit, FitBatch, FitProblem
 from tl_laai.hooking import Position
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.solvers import Solution

@@ -433,8 +433,8 @@ def last_residual(steps: Iterator[tuple[int, Tensor]]) -> Tensor:
 def _verify(prompts: FrozenPrompts) -> None:
     """Refuse a model whose own forward the engine does not reproduce.
 
-    The tolerance is far above rounding (measured 1e-6 relative in float32) and far below what a
-    wrong mask, position or missing term does.
+    The tolerance is far above rounding (measured 1e-6 relative in float32, 3e-2 in bfloat16) and
+    below what a wrong mask, position or missing term does.
     """
     backend = prompts.backend
     lengths = [len(e.prompt) + len(e.answer) for e in prompts.examples]
@@ -459,9 +459,9 @@ def _verify(prompts: FrozenPrompts) -> None:
             if head.softcap is not None:
                 logits = head.softcap * torch.tanh(logits / head.softcap)
             expected = backend.logits(tokens)[0, -len(ours) :]
-            shift = (logits - expected).float()
-            spread = expected.float().std()
-            worst = float((shift - shift.mean(-1, keepdim=True)).abs().max() / spread)
+            # Root mean squares: in bfloat16 the worst of 262,144 logits is off by a tenth of them.
+            shift, spread = (x - x.mean(-1, keepdim=True) for x in (logits - expected, expected))
+            worst = float(shift.float().norm() / spread.float().norm())
     if not math.isfinite(worst):
         raise ValueError(
             f"model {type(prompts.model).__name__}: its own forward over {example.input!r} is not "

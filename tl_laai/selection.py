@@ -1,12 +1,10 @@
-"""Chooses layer and penalty by cross-validation inside the given examples, and refits on all.
+"""Chooses layer, penalty and stopping by cross-validation inside the given examples.
 
-Two rounds on the batch engine: every layer is tried briefly at one penalty; the best few go on
-to every penalty, fitted properly. The score is the held-out answer cross-entropy, averaged over
-the folds: with two examples in a fold, exact match is too coarse to choose by. Opinion questions
-are scored by what they are fitted by, the KL from the group.
+Two rounds on the batch engine: every layer is tried briefly on few folds; the best few go on to
+every penalty and number of steps. What is compared is told in `tl_laai.crossvalidation`.
 
-Distillation (`objectives`) competes with the answers' own cross-entropy in the second round, on
-the same score: each fold's teacher reads that fold's training part alone.
+Distillation (`tl_laai.distillation`) competes with the answers' own cross-entropy on the same
+score: each fold's teacher reads that fold's training part alone.
 """
 
 from __future__ import annotations
@@ -14,81 +12,54 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
-
-import torch
+from dataclasses import dataclass
+from typing import Any
 
 from tl_laai.backends import backend_of
-from tl_laai.distillation import (
-    Distillation,
-    Lesson,
-    NothingTaughtError,
-    make_up_inputs,
-    teach,
-    weighed,
-)
-from tl_laai.fitting import Fit, FitBatch, FitProblem, ObjectiveName, fit_many, taught_problem
+from tl_laai.batches import Fit
+from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
+from tl_laai.distillation import Distillation, NothingTaughtError
+from tl_laai.fitting import ObjectiveName
 from tl_laai.hooking import Position
 from tl_laai.opinions import OptionExample
-from tl_laai.problems import FitExample, engine_for
+from tl_laai.problems import FitExample
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from tl_laai.relaxation import LEARNING_RATE
 from tl_laai.tasks import Example, cross_validation_folds
 
 _LOG = logging.getLogger("tl_laai")
 
-ALPHAS = (0.9, 0.5, 0.25)
-SCREENING_ALPHA = 0.6
-SCREENING_EVALUATIONS = 12
+ALPHAS = (0.9, 0.5, 0.0)
+RELAX_STEPS = (10, 15, 20, 30, 45)
+# A penalised fit that only chooses entries need not be followed to its end.
+CHOOSING_EVALUATIONS, PENALISED_EVALUATIONS = 15, 40
+SCREENING_STEPS, SCREENING_EVALUATIONS = 15, 12
+SCREENING_ALPHA = 0.6  # where there are no relaxed fits
 SCREENING_FOLDS = 2
 FINALISTS = 3
-REFIT_EVALUATIONS = 150
 # A distilled fit has many inputs: it is tried at fewer layers and penalties, on fewer folds.
-DISTILLED_ALPHAS = (0.1,)
-DISTILLED_SHARES = (0.0, 0.5)
-DISTILLED_LAYERS, DISTILLED_FOLDS, DISTILLED_INPUTS, DISTILLED_EVALUATIONS = 2, 2, 24, 25
-DISTILLED_REFIT_EVALUATIONS = 60
+DISTILLED_ALPHAS = (0.0,)
+DISTILLED_SHARES = (0.0, 0.2)
+DISTILLED_STEPS = (30, 45)
+DISTILLED_LAYERS, DISTILLED_FOLDS, DISTILLED_INPUTS = 2, 2, 24
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"objectives": ("answers",), "position": "prompt_end", "l1_ratio": 0.02},
-    "distill": {"objectives": ("answers", "distill"), "position": "prompt_end", "l1_ratio": 0.0},
+    "paper": {
+        "objectives": ("answers",),
+        "position": "prompt_end",
+        "l1_ratio": 0.02,
+        "relax_steps": (),
+    },
+    "relaxed": {"objectives": ("answers",), "position": "prompt_end"},
+    "distill": {"objectives": ("answers", "distill"), "position": "prompt_end"},
 }
-"""Settings of `fit_auto` by name. `paper` is what the paper states: labelled answers, the last
-prompt token, both penalties; it does not state how L1 and group-L2 are weighed, so 0.02 is ours.
-`distill` lets the model's own few-shot behaviour compete with the labels.
+"""Settings of `fit_auto` by name.
+
+`paper` is what the paper states: labelled answers, both penalties and their minimiser, the last
+prompt token; it does not state how L1 and group-L2 are weighed, so 0.02 is ours. `relaxed` (the
+default) lets a penalty choose heads, and fits those without it. `distill` lets the model's own
+few-shot behaviour compete with the labels.
 """
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One row of the validation table.
-
-    Attributes:
-        layer: the edited layer.
-        alpha: the group weight as a share of each fit's own `lambda_max`.
-        round: `screening` (brief fits, few folds), `final`, or `distilled`.
-        validation_loss: held-out answer cross-entropy in nats, mean over folds.
-        standard_error: of that mean over folds.
-        n_heads: mean number of non-zero heads.
-        fold_losses: of each fold that was fitted.
-        objective: `answers` or `distill`.
-        label_share: weight of the labelled answers in a distilled fit.
-    """
-
-    layer: int
-    alpha: float
-    round: str
-    validation_loss: float
-    standard_error: float
-    n_heads: float
-    fold_losses: tuple[float, ...]
-    objective: ObjectiveName = "answers"
-    label_share: float = 0.0
-
-    @property
-    def n_folds(self) -> int:
-        """How many folds were fitted."""
-        return len(self.fold_losses)
 
 
 @dataclass(frozen=True)
@@ -96,8 +67,8 @@ class Selection:
     """What cross-validation chose.
 
     Attributes:
-        fit: refitted on all examples at the chosen layer and penalty.
-        table: every candidate of both rounds.
+        fit: refitted on all examples with the chosen setting.
+        table: every candidate of all rounds.
         candidate: the row of the table that was chosen.
     """
 
@@ -128,6 +99,7 @@ def fit_auto(
     layers: Sequence[int] | None = None,
     alphas: Sequence[float] | None = None,
     l1_ratio: float = 0.0,
+    relax_steps: Sequence[int] | None = None,
     objectives: Sequence[ObjectiveName] = ("answers",),
     distillation: Distillation | None = None,
     groups: Sequence[Hashable] | None = None,
@@ -135,26 +107,30 @@ def fit_auto(
     seed: int = 0,
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
-    max_evaluations: int = 40,
+    max_evaluations: int | None = None,
+    learning_rate: float = LEARNING_RATE,
     max_memory: float = 1.0,
     provenance: dict[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Selection:
-    """Fit with layer and penalty chosen by k-fold cross-validation.
+    """Fit with layer, penalty and stopping chosen by k-fold cross-validation.
 
     Example:
         >>> chosen = fit_auto(model, split.train)  # doctest: +SKIP
         >>> chosen = fit_auto(model, split.train, **PRESETS["paper"])  # doctest: +SKIP
         >>> chosen.layer, chosen.alpha  # doctest: +SKIP
-        (7, 0.6)
+        (7, 0.5)
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`; left as found.
         examples: at least four; nothing else is looked at.
-        layers: candidate layers; None for all. One layer skips the screening.
+        layers: candidate layers; None for all. No more than three skip the screening.
         alphas: candidate group weights, as shares of `lambda_max`; None for `ALPHAS`, and
             `DISTILLED_ALPHAS` where distilling.
         l1_ratio: the l1 weight as a multiple of the group weight.
+        relax_steps: candidate numbers of steps of the relaxed fit (`tl_laai.relaxation`), all of
+            them scored along one run; None for `RELAX_STEPS`, and `DISTILLED_STEPS` where
+            distilling; empty for the penalised fits themselves.
         objectives: `answers`, `distill`, or both to choose between them.
         distillation: of `distill`; its `label_share` is chosen too, unless it is above 0.
         groups: a label an example: those with the same label are held out together. None holds
@@ -163,7 +139,9 @@ def fit_auto(
         seed: of the assignment to folds.
         position: where Delta is added.
         template: how inputs become prompts.
-        max_evaluations: of each fit of the final round.
+        max_evaluations: of each penalised fit, on a fold as on all examples; None for 40, and for
+            15 where it only chooses the entries of a relaxed one.
+        learning_rate: of the relaxed fits.
         max_memory: GiB that one chunk of rows may take above the model.
         provenance: kept with the intervention.
         progress: called with `(what, work done, work in all)`; work is counted in
@@ -176,6 +154,98 @@ def fit_auto(
         ValueError: too few examples or folds, no such layers, no alphas, or what `fit` raises.
     """
     labels = _labels(examples) if groups is None else list(groups)
+    candidates = list(range(backend_of(model).n_layers)) if layers is None else list(layers)
+    candidates = list(dict.fromkeys(candidates))
+    taught_steps = DISTILLED_STEPS if relax_steps is None else relax_steps
+    relax_steps = RELAX_STEPS if relax_steps is None else relax_steps
+    _check(model, examples, labels, candidates, alphas, relax_steps, objectives)
+    folds = cross_validation_folds(labels, min(n_folds, len(set(labels))), seed)
+    if max_evaluations is None:
+        max_evaluations = CHOOSING_EVALUATIONS if relax_steps else PENALISED_EVALUATIONS
+    search = CrossValidation(
+        model, examples, folds, l1_ratio, max_evaluations, learning_rate, position, template,
+        max_memory, progress, distillation or Distillation(seed=seed), DISTILLED_INPUTS,
+    )  # fmt: skip
+
+    screened_at = 0.0 if relax_steps else SCREENING_ALPHA
+    screening = [Trial(layer, screened_at) for layer in candidates]
+    screening = screening if len(screening) > FINALISTS else []
+    brief = (SCREENING_STEPS,) if relax_steps else ()
+    # Two of those that a round has ranked; all of a few that the caller listed.
+    unranked = not screening and "answers" not in objectives
+    n_taught = len(candidates) if unranked else min(DISTILLED_LAYERS, len(candidates))
+    n_taught *= "distill" in objectives
+    n_labelled = min(FINALISTS, len(candidates)) * ("answers" in objectives)
+    own_share = search.distillation.label_share
+    shares = (own_share,) if own_share else DISTILLED_SHARES
+
+    def labelled(ranked: Sequence[int]) -> list[Trial]:
+        return [Trial(layer, a) for layer in sorted(ranked[:n_labelled]) for a in alphas or ALPHAS]
+
+    def taught(ranked: Sequence[int]) -> list[Trial]:
+        return [
+            Trial(layer, a, "distill", share)
+            for layer in sorted(ranked[:n_taught])
+            for a in alphas or DISTILLED_ALPHAS
+            for share in shares
+        ]
+
+    longest = max((*relax_steps, *(taught_steps if n_taught else ())), default=-1)
+    refit = max_evaluations + longest + 1
+    search.work = (
+        search.cost(screening, SCREENING_FOLDS, brief, SCREENING_EVALUATIONS)
+        + search.cost(labelled(candidates), len(folds), relax_steps)
+        + search.cost(taught(candidates), DISTILLED_FOLDS, taught_steps)
+        + refit
+    )
+    table: list[Candidate] = []
+    ranked = candidates
+    if screening:
+        table += search.score("screening", screening, SCREENING_FOLDS, brief, SCREENING_EVALUATIONS)
+        ranked = [c.layer for c in _best_first(table)]
+    best: list[Candidate] = []
+    if n_labelled:
+        final = search.score("final", labelled(ranked), len(folds), relax_steps)
+        table += final
+        ranked = list(dict.fromkeys(candidate.layer for candidate in _best_first(final)))
+        best.append(_best_first(final)[0])
+    if n_taught:
+        try:
+            distilled = search.score("distilled", taught(ranked), DISTILLED_FOLDS, taught_steps)
+            table += distilled
+            best.append(_best_first(distilled)[0])
+        except NothingTaughtError as error:
+            if not best:
+                raise
+            _LOG.warning("distillation is left out of the choice: %s", error)
+    # Objectives are compared on the folds that both were tried on.
+    n_shared = min(candidate.n_folds for candidate in best)
+    chosen = max(best, key=lambda candidate: candidate.score(n_shared))
+    origin = {
+        **(provenance or {}),
+        "selection": {
+            "folds": len(folds),
+            "seed": seed,
+            "table": [_as_json(candidate) for candidate in table],
+        },
+    }
+    return Selection(search.refit(chosen, origin), tuple(table), chosen)
+
+
+def _best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return sorted(candidates, key=Candidate.score, reverse=True)
+
+
+def _check(
+    model: Any,
+    examples: Sequence[FitExample],
+    labels: Sequence[Hashable],
+    layers: Sequence[int],
+    alphas: Sequence[float] | None,
+    relax_steps: Sequence[int],
+    objectives: Sequence[str],
+) -> None:
+    """Refuse what nothing can be chosen from."""
     if len(labels) != len(examples):
         raise ValueError(
             f"groups has {len(labels)} labels, but there are {len(examples)} examples."
@@ -188,235 +258,20 @@ def fit_auto(
         )
     if alphas is not None and not alphas:
         raise ValueError("alphas is empty: give at least one share of lambda_max.")
-    n_layers = backend_of(model).n_layers
-    candidates = list(range(n_layers)) if layers is None else list(dict.fromkeys(layers))
-    if not candidates:
+    if not layers:
         raise ValueError("layers is empty: give at least one layer, or None for all.")
-    for layer in candidates:
+    n_layers = backend_of(model).n_layers
+    for layer in layers:
         if not 0 <= layer < n_layers:
             raise ValueError(f"layers holds {layer}; this model has layers 0 to {n_layers - 1}.")
+    for steps in relax_steps:
+        if steps < 1:
+            raise ValueError(f"relax_steps holds {steps}; give 1 or more, or leave it empty.")
     unknown = [name for name in objectives if name not in ("answers", "distill")]
     if unknown or not objectives:
         raise ValueError(f"objectives is {list(objectives)}; give 'answers', 'distill' or both.")
-    taught = "distill" in objectives
-    if taught and not all(isinstance(example, Example) for example in examples):
+    if "distill" in objectives and not all(isinstance(e, Example) for e in examples):
         raise TypeError("objectives holds 'distill', which needs Examples: the teacher reads them.")
-    folds = cross_validation_folds(labels, min(n_folds, n_groups), seed)
-    search = _Search(
-        model, examples, folds, l1_ratio, position, template, max_memory, progress,
-        distillation or Distillation(seed=seed),
-    )  # fmt: skip
-    screening = [_Trial(layer, SCREENING_ALPHA) for layer in candidates]
-    screening = screening if len(screening) > FINALISTS else []
-    n_finalists = min(FINALISTS, len(candidates))
-    # Two of those that a round has ranked; all of a few that the caller listed.
-    unranked = not screening and "answers" not in objectives
-    n_distilled = len(candidates) if unranked else min(DISTILLED_LAYERS, len(candidates))
-    shares = (search.settings.label_share,) if search.settings.label_share else DISTILLED_SHARES
-    labelled_alphas, distilled_alphas = alphas or ALPHAS, alphas or DISTILLED_ALPHAS
-    n_answers = n_finalists * len(labelled_alphas) * ("answers" in objectives)
-    n_taught = n_distilled * len(distilled_alphas) * len(shares) * taught
-    search.work = (
-        len(screening) * min(SCREENING_FOLDS, len(folds)) * SCREENING_EVALUATIONS
-        + n_answers * len(folds) * max_evaluations
-        + n_taught * min(DISTILLED_FOLDS, len(folds)) * DISTILLED_EVALUATIONS
-        + REFIT_EVALUATIONS
-    )
-    table: list[Candidate] = []
-    ranked = candidates
-    if screening:
-        table += search.score("screening", screening, SCREENING_FOLDS, SCREENING_EVALUATIONS)
-        ranked = [c.layer for c in sorted(table, key=_loss)]
-    best: list[Candidate] = []
-    if "answers" in objectives:
-        grid = [
-            _Trial(layer, alpha)
-            for layer in sorted(ranked[:n_finalists])
-            for alpha in labelled_alphas
-        ]
-        table += search.score("final", grid, len(folds), max_evaluations)
-        final = sorted(table[-len(grid) :], key=_loss)
-        ranked = list(dict.fromkeys(candidate.layer for candidate in final))
-        best.append(final[0])
-    if taught:
-        grid = [
-            _Trial(layer, alpha, "distill", share)
-            for layer in sorted(ranked[:n_distilled])
-            for alpha in distilled_alphas
-            for share in shares
-        ]
-        try:
-            table += search.score("distilled", grid, DISTILLED_FOLDS, DISTILLED_EVALUATIONS)
-            best.append(min(table[-len(grid) :], key=_loss))
-        except NothingTaughtError as error:
-            if not best:
-                raise
-            _LOG.warning("distillation is left out of the choice: %s", error)
-    # Objectives are compared on the folds that both were tried on.
-    n_shared = min(candidate.n_folds for candidate in best)
-    chosen = min(best, key=lambda c: _finite(sum(c.fold_losses[:n_shared]) / n_shared))
-    origin = {
-        **(provenance or {}),
-        "selection": {
-            "folds": len(folds),
-            "seed": seed,
-            "table": [_as_json(candidate) for candidate in table],
-        },
-    }
-    fitted = search.refit(chosen, origin)
-    return Selection(fitted, tuple(table), chosen)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What is tried on every fold."""
-
-    layer: int
-    alpha: float
-    objective: ObjectiveName = "answers"
-    label_share: float = 0.0
-
-
-@dataclass
-class _Search:
-    """What all rounds of one choice share."""
-
-    model: Any
-    examples: Sequence[FitExample]
-    folds: Sequence[Sequence[int]]
-    l1_ratio: float
-    position: Position
-    template: PromptTemplate
-    max_memory: float
-    progress: Callable[[str, int, int], None] | None
-    settings: Distillation
-    work: int = 0  # loss-and-gradient evaluations in all, at most
-    done: int = 0
-    made_up: tuple[str, ...] = ()
-
-    def tell(self, name: str, evaluations: int) -> None:
-        self.done += evaluations
-        if self.progress is not None:
-            self.progress(name, min(self.done, self.work), self.work)
-
-    def score(self, name: str, grid: Sequence[_Trial], n: int, limit: int) -> list[Candidate]:
-        """Validation rows of a grid on the first `n` folds, all fits as one batch."""
-        folds, before = self.folds[:n], self.done
-        known = [[e for i, e in enumerate(self.examples) if i not in out] for out in folds]
-        lessons = self._lessons(known, {t.label_share for t in grid if t.objective == "distill"})
-        problems = []
-        for trial in grid:
-            for k, part in enumerate(known):
-                problem = FitProblem(part, trial.layer, None, trial.alpha, self.l1_ratio)
-                if trial.objective == "distill":
-                    problem = taught_problem(problem, lessons[k, trial.label_share])
-                problems.append(problem)
-        batch = FitBatch(
-            self.model,
-            problems,
-            position=self.position,
-            template=self.template,
-            max_memory=self.max_memory,
-        )
-        solutions = batch.solve(
-            max_evaluations=limit, callback=lambda state: self.tell(name, state.n_active)
-        )
-        deltas = torch.stack([s.delta for s in solutions])
-        validation = engine_for(
-            self.model,
-            [[self.examples[i] for i in out] for _ in grid for out in folds],
-            layers=[p.layer for p in problems],
-            position=self.position,
-            template=self.template,
-            max_memory=self.max_memory,
-        )
-        shape = (len(grid), len(folds))
-        losses = validation.losses(deltas, batch.everyone).double().cpu().view(shape)
-        heads = (deltas.norm(dim=-1) > 0).sum(-1).double().cpu().view(shape)
-        self.done = before + len(problems) * limit
-        return [
-            Candidate(
-                trial.layer,
-                trial.alpha,
-                name,
-                float(losses[i].mean()),
-                float(losses[i].std(correction=1) / len(folds) ** 0.5),
-                float(heads[i].mean()),
-                tuple(losses[i].tolist()),
-                trial.objective,
-                trial.label_share,
-            )
-            for i, trial in enumerate(grid)
-        ]
-
-    def _lessons(
-        self, known: Sequence[Sequence[FitExample]], shares: set[float]
-    ) -> dict[tuple[int, float], Lesson]:
-        """Each fold's lesson at each label share; its teacher reads that fold's examples alone."""
-        if not shares:
-            return {}
-        inputs = self._inputs()[:DISTILLED_INPUTS]
-        lessons = {}
-        for k, part in enumerate(known):
-            labelled = cast("list[Example]", part)
-            settings = replace(self.settings, inputs=inputs)
-            options = {"n_teachers": settings.n_teachers, "seed": settings.seed}
-            taught = teach(self.model, inputs, labelled, template=self.template, **options)
-            for share in shares:
-                own = replace(settings, label_share=share)
-                made_up = self.settings.inputs is None
-                lessons[k, share] = weighed(taught, labelled, own, inputs, made_up=made_up)
-        return lessons
-
-    def _inputs(self) -> tuple[str, ...]:
-        """The user's inputs, or those that the model makes up from all examples, once."""
-        if self.settings.inputs is not None:
-            return self.settings.inputs
-        if not self.made_up:
-            self.made_up = make_up_inputs(
-                self.model,
-                cast("Sequence[Example]", self.examples),
-                self.settings.n_inputs,
-                template=self.template,
-                seed=self.settings.seed,
-            )
-        return self.made_up
-
-    def refit(self, chosen: Candidate, origin: dict[str, Any]) -> Fit:
-        """The choice, fitted on all examples."""
-        problem = FitProblem(
-            self.examples, chosen.layer, None, chosen.alpha, self.l1_ratio, None, origin
-        )
-        if chosen.objective == "distill":
-            settings = replace(self.settings, label_share=chosen.label_share)
-            examples, inputs = cast("Sequence[Example]", self.examples), self._inputs()
-            options = {"n_teachers": settings.n_teachers, "seed": settings.seed}
-            taught = teach(self.model, inputs, examples, template=self.template, **options)
-            made_up = settings.inputs is None
-            lesson = weighed(taught, examples, settings, inputs, made_up=made_up)
-            problem = taught_problem(problem, lesson)
-        (fitted,) = fit_many(
-            self.model,
-            [problem],
-            position=self.position,
-            template=self.template,
-            max_evaluations=(
-                DISTILLED_REFIT_EVALUATIONS if chosen.objective == "distill" else REFIT_EVALUATIONS
-            ),
-            max_memory=self.max_memory,
-            callback=lambda _: self.tell("refit", 1),
-        )
-        self.tell("refit", self.work)
-        return fitted
-
-
-def _loss(candidate: Candidate) -> float:
-    """What candidates are sorted by; in half precision a held-out loss can be NaN."""
-    return _finite(candidate.validation_loss)
-
-
-def _finite(loss: float) -> float:
-    return math.inf if math.isnan(loss) else loss
 
 
 def _as_json(candidate: Candidate) -> dict[str, Any]:

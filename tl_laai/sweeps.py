@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from tl_laai.backends import backend_of
+from tl_laai.batches import FitProblem, Solver
 from tl_laai.evaluation import as_edit, evaluate_edits
 from tl_laai.executors import Submits, spread
 from tl_laai.fingerprints import fingerprint
-from tl_laai.fitting import FitProblem, Solver, fit_many
+from tl_laai.fitting import fit_many
 from tl_laai.hooking import Position
 from tl_laai.models import load_model
 from tl_laai.penalties import SparseGroupLasso
