@@ -61,6 +61,16 @@ def test_the_table_names_the_chosen_setting(room: Path) -> None:
     assert "upper: tuned on 5 examples, 3 held out." in result.stdout
 
 
+def test_fine_tuning_stands_in_the_table_where_it_is_asked_for(room: Path) -> None:
+    pytest.importorskip("peft")
+    result = laai(room, "--method", "ia3", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["method"] for row in rows] == ["zero-shot", "few-shot", "ia3"]
+    assert rows[2]["setting"].startswith("learning rate ")
+    assert rows[2]["n"] == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

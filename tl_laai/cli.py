@@ -18,7 +18,7 @@ from tl_laai.recipes import compare, recorded_data, recorded_template
 from tl_laai.tasks import Task, available_tasks
 
 _USAGE = (ValueError, TypeError, FileNotFoundError)
-_FAILED = (ArithmeticError, MemoryError, OSError, RuntimeError)
+_FAILED = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError)
 
 
 class _Commands(TyperGroup):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,12 +11,18 @@ from tl_laai.options import AnyBackend, AnyModel, Json, OneTask, Out, Seed, Test
 from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw
 from tl_laai.tasks import load_task
 
+if TYPE_CHECKING:
+    from tl_laai.evaluation import Evaluation
+
+FINE_TUNING: tuple[Literal["lora", "ia3"], ...] = ("lora", "ia3")
+
 
 def baselines(
     task: OneTask,
     model: AnyModel = "gemma-3-270m",
     method: Annotated[
-        list[str] | None, typer.Option(help="Its name; may be repeated; all by default.")
+        list[str] | None,
+        typer.Option(help="Its name; may be repeated; all but lora and ia3 by default."),
     ] = None,
     train: Annotated[int, typer.Option(min=4, help="Examples to tune on.")] = DEFAULT_TRAIN,
     test: Test = DEFAULT_TEST,
@@ -29,8 +35,9 @@ def baselines(
     """Tune other methods on a few examples, and compare them on held-out ones.
 
     Methods: function-vector, task-vector, in-context-vector, mean-difference,
-    inference-time-intervention, learnt-heads. Zero-shot and few-shot prompting
-    stand beside them. Each method's setting is chosen by the same
+    inference-time-intervention, learnt-heads; and fine-tuning, which takes
+    minutes and needs the extra `baselines`: lora, ia3. Zero-shot and few-shot
+    prompting stand beside them. Each method's setting is chosen by the same
     cross-validation inside the training examples.
     """
     data = draw(load_task(task), train=train, test=test, seed=seed)
@@ -38,10 +45,15 @@ def baselines(
         raise ValueError(f"--train {train} leaves no example of {data.task.name} to hold out")
     with display.step("Importing TransformerLens"):
         from tl_laai.baselines import METHODS, compare_methods
-    unknown = [name for name in method or () if name not in METHODS]
+    wanted = list(METHODS) if method is None else list(dict.fromkeys(method))
+    unknown = [name for name in wanted if name not in (*METHODS, *FINE_TUNING)]
     if unknown:
-        raise ValueError(f"--method {unknown[0]}: there are {', '.join(METHODS)}")
-    chosen = {name: METHODS[name] for name in method or METHODS}
+        known = ", ".join((*METHODS, *FINE_TUNING))
+        raise ValueError(f"--method {unknown[0]}: there are {known}")
+    if set(wanted) & set(FINE_TUNING):
+        from tl_laai.adapters import import_peft
+
+        import_peft()  # its absence is told before the work
     loaded = load(model, backend)
     from tl_laai.rows import write_rows
 
@@ -50,23 +62,28 @@ def baselines(
             loaded,
             data.train,
             data.test,
-            methods=chosen,
+            methods={name: METHODS[name] for name in wanted if name in METHODS},
             n_folds=folds,
             seed=seed,
             progress=progress,
         )
+    found = {one.method: (str(one.setting), one.evaluation) for one in compared}
+    for name in FINE_TUNING:
+        if name in wanted:
+            with display.step(f"Fine-tuning by {name}"):
+                found[name] = _fine_tuned(loaded, model, name, data, folds, seed)
     rows = [
         {
             "kind": "baseline",
             "model": model,
             "task": data.task.name,
-            "method": one.method,
-            "setting": str(one.setting),
+            "method": name,
+            "setting": setting,
             "train": train,
             "seed": seed,
-            **one.evaluation.to_dict(),
+            **evaluation.to_dict(),
         }
-        for one in compared
+        for name, (setting, evaluation) in found.items()
     ]
     if out is not None:
         write_rows(out, rows)
@@ -75,13 +92,26 @@ def baselines(
         return
     cells = [
         (
-            one.method,
-            str(one.setting) or "-",
-            f"{100 * one.evaluation.exact_match:.1f} %",
-            f"{one.evaluation.log_probability:.2f}",
+            name,
+            setting or "-",
+            f"{100 * evaluation.exact_match:.1f} %",
+            f"{evaluation.log_probability:.2f}",
         )
-        for one in compared
+        for name, (setting, evaluation) in found.items()
     ]
     columns = ("method", "setting", "exact match", "log-probability")
     display.show(display.text_table(columns, cells))
     display.say(f"{data.task.name}: tuned on {train} examples, {len(data.test)} held out.")
+
+
+def _fine_tuned(
+    loaded: Any, model: str, name: Literal["lora", "ia3"], data: Any, folds: int, seed: int
+) -> tuple[str, Evaluation]:
+    """The chosen setting of an adapter, and its rows."""
+    from tl_laai.finetuning import tune_fine_tuning
+
+    tuned = tune_fine_tuning(
+        loaded, data.train, method=name, n_folds=folds, seed=seed, hf_model=model
+    )
+    setting = f"learning rate {tuned.learning_rate:g}, {tuned.steps} steps"
+    return setting, tuned.fine_tuned.evaluate(data.test)
