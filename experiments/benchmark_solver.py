@@ -26,7 +26,7 @@ N_TRAIN, SEED = 10, 0
 TOLERANCE, LIMIT, GROUP = 1e-3, 150, 12
 
 
-def compute(names: list[str]) -> list[dict[str, object]]:
+def compute(names: list[str], with_adam: bool) -> list[dict[str, object]]:
     from tl_laai import FitProblem, load_model
     from tl_laai.batches import FitBatch
 
@@ -57,6 +57,8 @@ def compute(names: list[str]) -> list[dict[str, object]]:
                 }
             )
         write_rows(rows, "benchmark_solver")
+    if not with_adam:
+        return rows
     # In groups of similar length, so that Adam takes few steps that nobody compares with.
     order = sorted(range(len(rows)), key=lambda i: solved[i][1].n_evaluations)
     for start in range(0, len(order), GROUP):
@@ -77,9 +79,10 @@ def main() -> None:
     options.add_argument("--from-rows", action="store_true", help="print the rows on disk only")
     options.add_argument("--json", action="store_true", help="print one row a line")
     options.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK")
+    options.add_argument("--no-adam", action="store_true", help="leave Adam's column empty")
     arguments = options.parse_args()
     if not arguments.from_rows:
-        compute(arguments.tasks)
+        compute(arguments.tasks, not arguments.no_adam)
     rows = read_rows(FIGURES / "benchmark_solver.jsonl")
     if arguments.json:
         print((FIGURES / "benchmark_solver.jsonl").read_text(), end="")

@@ -18,6 +18,7 @@ from tables import (
     Row,
     answer_row,
     by_method,
+    described,
     layers_of,
     markdown,
     percent,
@@ -63,8 +64,7 @@ def compute_one(model: Any, task: Any, seed: int, n_train: int) -> list[Row]:
     )
     for name, chosen in (("fitted", labels), ("distilled", taught)):
         score = evaluate(model, data.test, intervention=chosen.fit.intervention)
-        setting = f"{chosen.objective}, layer {chosen.layer}, {chosen.alpha:g} lambda_max"
-        rows.append(answer_row(name, score, setting))
+        rows.append(answer_row(name, score, described(chosen.candidate)))
     plain = hugging_face_model(MODEL, like=model)
     for method in ("lora", "ia3"):
         tuned = tune_fine_tuning(model, data.train, method=method, seed=seed, hf_model=plain)

@@ -19,6 +19,7 @@ from tables import (
     answer_row,
     average,
     by_method,
+    described,
     layers_of,
     markdown,
     percent,
@@ -44,7 +45,7 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
 
     split = task.split(train=N_TRAIN, test=N_TEST, seed=seed)
     free = fit_auto(model, split.train, layers=layers_of(model), alphas=[0.0], **search(seed))
-    fits = {"none": (free.fit, _described(free.candidate))}
+    fits = {"none": (free.fit, described(free.candidate))}
     for kind, ratio in KINDS.items():
         for relaxed in (True, False):
             options = search(seed) | ({} if relaxed else {"relax_steps": ()})
@@ -52,7 +53,7 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
                 model, split.train, layers=[free.layer], alphas=ALPHAS, l1_ratio=ratio, **options
             )
             name = f"{kind}, relaxed" if relaxed else kind
-            fits[name] = (chosen.fit, _described(chosen.candidate))
+            fits[name] = (chosen.fit, described(chosen.candidate))
     edits = {name: as_edit(model, f.intervention) for name, (f, _) in fits.items()}
     scores = evaluate_edits(model, split.test, edits)
     return [
@@ -67,11 +68,6 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
         )
         for name, (f, setting) in fits.items()
     ]
-
-
-def _described(c: Any) -> str:
-    steps = f", {c.relax_steps} steps" if c.relax_steps else ""
-    return f"layer {c.layer}, {c.alpha:g} lambda_max{steps}"
 
 
 def compute(names: list[str], seeds: list[int]) -> None:

@@ -25,6 +25,7 @@ from tables import (
     answer_row,
     average,
     by_method,
+    described,
     difference,
     layers_of,
     markdown,
@@ -42,8 +43,8 @@ N_TRAIN, N_TEST = 10, 100
 # Of distillation, that did well on four of the tasks with seed 100.
 TAUGHT_STEPS, LABEL_SHARE = (30, 45), 0.2
 NAME = "table_rules"
-OURS = ("relaxed", "unregularised", "distilled", "best by validation")
-FLOORS = ("zero-shot", "few-shot")
+OURS = ("relaxed", "unregularised", "distilled")
+OTHERS = ("zero-shot", "few-shot", "task-vector", "learnt-heads", "unregularised")
 
 
 def fits(model: Any, data: Any, seed: int) -> list[Row]:
@@ -110,18 +111,13 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
     for name, score in scores.items():
         fitted, chosen = found.get(name, (None, None))
         more = {} if fitted is None else _of_fit(fitted)
-        setting = "" if chosen is None else _described(chosen)
+        setting = "" if chosen is None else described(chosen)
         if name in moved:
             more["kl_unrelated"] = float(moved[name].mean())
         if name == "distilled":
             more["n_test_made_up"] = _made_up(taught, data.test)
         rows.append(answer_row(name, score, setting, **more))
     return rows
-
-
-def _described(c: Any) -> str:
-    steps = f", {c.relax_steps} steps" if c.relax_steps else ""
-    return f"{c.objective}, layer {c.layer}, {c.alpha:g} lambda_max{steps}"
 
 
 def _made_up(taught: Any, test: Any) -> int:
@@ -208,24 +204,28 @@ def show(rows: list[Row]) -> None:
     print(markdown(["exact match, %", *names, "mean", "heads", "KL elsewhere"], lines))
     seeds = sorted({row["seed"] for row in rows})
     print(
-        f"\nSeeds {seeds}; in brackets 95 % bootstrap intervals over examples.\n"
+        f"\nSeeds {seeds}; in brackets 95 % bootstrap intervals over fits and examples.\n"
         "KL elsewhere: nats by which the next token after unrelated text moves.\n"
     )
     lines = []
     for ours in (method for method in OURS if method in found):
-        for floor in (method for method in FLOORS if method in found):
-            cells = [
-                difference(_by_seed(found[ours][name]), _by_seed(found[floor][name]))
-                if name in found[ours] and name in found[floor]
-                else "-"
-                for name in names
-            ]
-            lines.append([f"{ours} - {floor}", *cells])
-    print(markdown(["difference in points", *names], lines))
+        for other in (method for method in OTHERS if method in found and method != ours):
+            a, b = (_by_fit(found[method]) for method in (ours, other))
+            parts = [[key for key in a.keys() & b.keys() if key[0] == name] for name in names]
+            cells = [_difference(a, b, keys) for keys in (*parts, [k for p in parts for k in p])]
+            lines.append([f"{ours} - {other}", *cells])
+    print(markdown(["difference in points", *names, "mean"], lines))
 
 
-def _by_seed(rows: list[Row]) -> dict[int, Row]:
-    return {row["seed"]: row for row in rows}
+def _by_fit(rows: dict[str, list[Row]]) -> dict[tuple[str, int], Row]:
+    """One method's rows by task and seed."""
+    return {(name, row["seed"]): row for name, own in rows.items() for row in own}
+
+
+def _difference(ours: Any, theirs: Any, keys: list[tuple[str, int]]) -> str:
+    if not keys:
+        return "-"
+    return difference({k: ours[k] for k in keys}, {k: theirs[k] for k in keys})
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from tables import (
     Row,
     answer_row,
     by_method,
+    described,
     layers_of,
     markdown,
     percent,
@@ -46,13 +47,11 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
     )
     scores = compare(model, chosen.fit.intervention, data, few_shot=False)
     scores["few_shot"] = evaluate(model, data.test, demonstrations=data.train)
-    setting = f"layer {chosen.layer}, {chosen.alpha:g} lambda_max, "
-    setting += f"{chosen.candidate.relax_steps} steps"
     n_heads = int((chosen.fit.solution.delta.norm(dim=-1) > 0).sum())
     return [
         answer_row("zero-shot", scores["zero_shot"]),
         answer_row("few-shot", scores["few_shot"]),
-        answer_row("fitted", scores["intervened"], setting, n_heads=n_heads),
+        answer_row("fitted", scores["intervened"], described(chosen.candidate), n_heads=n_heads),
     ]
 
 

@@ -67,6 +67,12 @@ def answer_row(method: str, evaluation: Any, setting: str = "", **more: Any) -> 
     }
 
 
+def described(chosen: Any) -> str:
+    """A candidate of a validation table, in words."""
+    steps = f", {chosen.relax_steps} steps" if chosen.relax_steps else ""
+    return f"{chosen.objective}, layer {chosen.layer}, {chosen.alpha:g} lambda_max{steps}"
+
+
 def by_method(rows: Sequence[Row], column: str) -> dict[str, dict[str, list[Row]]]:
     """method -> value of `column` -> rows, in the order in which they were written."""
     found: dict[str, dict[str, list[Row]]] = {}
@@ -102,13 +108,13 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def difference(ours: Mapping[int, Row], theirs: Mapping[int, Row]) -> str:
-    """Mean difference of exact match in points over the seeds that both have, with interval."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    pairs = [(ours[s]["correct"], theirs[s]["correct"]) for s in seeds]
+def difference(ours: Mapping[Any, Row], theirs: Mapping[Any, Row]) -> str:
+    """Mean difference of exact match in points over the fits that both have, with interval."""
+    shared = sorted(ours.keys() & theirs.keys())
+    pairs = [(ours[key]["correct"], theirs[key]["correct"]) for key in shared]
     a = [x for own, _ in pairs for x in own]
     b = [x for _, other in pairs for x in other]
-    groups = [s for s, (own, _) in zip(seeds, pairs, strict=True) for _ in own]
+    groups = [i for i, (own, _) in enumerate(pairs) for _ in own]
     found = paired_bootstrap(a, b, groups)
     return f"{100 * found.difference:+.0f} ({100 * found.low:+.0f} to {100 * found.high:+.0f})"
 
