@@ -19,7 +19,7 @@ def test_a_layer_that_is_no_number_is_refused_by_name() -> None:
 
 def test_every_preset_of_the_library_can_be_asked_for() -> None:
     assert set(get_args(fit_commands.Preset)) == set(PRESETS)
-    assert fit_commands._settings("paper") == ("answers", "prompt_end", 0.02)
-    assert fit_commands._settings("distill") == ("auto", "prompt_end", 0.0)
+    assert fit_commands._settings("paper") == ("answers", "prompt_end", 0.02, 0)
+    assert fit_commands._settings("distill") == ("auto", "prompt_end", 0.0, None)
     options = {name for settings in PRESETS.values() for name in settings}
     assert options <= set(inspect.signature(fit_auto).parameters)
