@@ -44,7 +44,7 @@ N_TRAIN, N_TEST = 10, 100
 TAUGHT_STEPS, LABEL_SHARE = (30, 45), 0.2
 NAME = "table_rules"
 OURS = ("relaxed", "unregularised", "distilled")
-OTHERS = ("zero-shot", "few-shot", "task-vector", "learnt-heads", "unregularised")
+OTHERS = ("zero-shot", "few-shot", "task-vector", "learnt-heads", "lora", "ia3", "unregularised")
 
 
 def fits(model: Any, data: Any, seed: int) -> list[Row]:
