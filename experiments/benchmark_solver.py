@@ -98,6 +98,10 @@ def main() -> None:
             f"| {'-' if r['adam_objective'] is None else format(r['adam_objective'], '.4f')} |"
         )
     converged = sum(r["status"] == "converged" for r in rows)
+    for column in ("task", "layer", "alpha"):
+        for value in dict.fromkeys(r[column] for r in rows):
+            own = [r["status"] == "converged" for r in rows if r[column] == value]
+            print(f"{column} {value}: {sum(own)} of {len(own)} converged")
     compared = [r for r in rows if r["adam_objective"] is not None]
     worse = sum(r["objective"] > r["adam_objective"] * (1 + 1e-4) for r in compared)
     print(

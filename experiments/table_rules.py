@@ -207,6 +207,19 @@ def show(rows: list[Row]) -> None:
         f"\nSeeds {seeds}; in brackets 95 % bootstrap intervals over fits and examples.\n"
         "KL elsewhere: nats by which the next token after unrelated text moves.\n"
     )
+    for method, own in found.items():
+        norms = [row["norm"] for these in own.values() for row in these if "norm" in row]
+        if norms:
+            print(f"{method}: norms {min(norms):.1f} to {max(norms):.1f}")
+    made_up = {
+        name: [row["n_test_made_up"] for row in these]
+        for name, these in found.get("distilled", {}).items()
+    }
+    print(f"held-out inputs that the model made up and was taught on: {made_up}\n")
+    statuses = {
+        name: [row["status"] for row in these] for name, these in found.get("penalised", {}).items()
+    }
+    print(f"penalised: {statuses}\n")
     lines = []
     for ours in (method for method in OURS if method in found):
         for other in (method for method in OTHERS if method in found and method != ours):
