@@ -102,3 +102,10 @@ def test_above_lambda_max_nothing_is_chosen_and_nothing_is_fitted(model: Any) ->
     penalty = SparseGroupLasso(l1=0.0, group=1e6)
     found = fit(model, EXAMPLES, layer=1, penalty=penalty, relax_steps=2)
     assert not found.solution.delta.any()
+
+
+def test_a_start_that_would_not_be_used_is_refused(model: Any) -> None:
+    start = FitBatch(model, [FitProblem(EXAMPLES, 1)]).zero[0]
+    problem = FitProblem(EXAMPLES, 1, start=start)
+    with pytest.raises(ValueError, match="start is given: a relaxed fit starts from zero"):
+        fit_many(model, [problem], relax_steps=2)

@@ -206,7 +206,12 @@ class FitBatch:
             max_evaluations: of the penalised fits.
             learning_rate: of Adam.
             callback: called after each evaluation of either stage.
+
+        Raises:
+            ValueError: a problem has a start of its own: a relaxed fit starts from zero.
         """
+        if any(problem.start is not None for problem in self.problems):
+            raise ValueError("start is given: a relaxed fit starts from zero, so leave it out.")
         weights = torch.as_tensor(self.penalty.l1 + self.penalty.group)
         penalised = weights.nonzero().flatten().to(self.everyone)
         support = torch.ones_like(self.zero, dtype=torch.bool)
