@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tiny import tiny_model
 
 from tl_laai import distillation
-from tl_laai.distillation import Distillation, make_up_inputs, prepare, teach
+from tl_laai.distillation import Distillation, make_up_inputs, prepare, teach, teacher_scores
 from tl_laai.fitting import fit
 from tl_laai.problems import engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample, tokenise
@@ -59,6 +59,21 @@ def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
     engine = engine_for(model, [taught], layers=[1], template=TEMPLATE)
     loss = engine.losses(delta[None], torch.tensor([0]))
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("groups", [None, ("a", "b", "a")])
+def test_teacher_scores_are_plain_probabilities_after_the_others(model: Any, groups: Any) -> None:
+    wanted = []
+    for i, example in enumerate(SHOWN):
+        own = groups or range(3)
+        others = tuple(e for e, label in zip(SHOWN, own, strict=True) if label != own[i])
+        (tokens,) = tokenise(model, [example], template=TEMPLATE, demonstrations=others)
+        logits = asked(model, example.input, tokens.answer, others)
+        each = logits.softmax(dim=-1)[torch.arange(len(tokens.answer)), list(tokens.answer)]
+        wanted.append(each.prod())
+    found = teacher_scores(model, SHOWN, template=TEMPLATE, groups=groups)
+    # 5e-16 relative at most; probabilities are 1e-6 and less
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=0)
 
 
 def test_the_teachers_answer_is_its_greedy_one_with_the_end_of_an_answer(model: Any) -> None:

@@ -280,31 +280,52 @@ def test_a_choice_that_cannot_be_made_is_refused(
         fit_auto(model, options.pop("examples"), **options)
 
 
-def test_distillation_competes_with_labels_on_the_folds_that_both_were_tried_on() -> None:
+@pytest.mark.parametrize("teacher", [0.0, 1.0])
+def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels(
+    monkeypatch: pytest.MonkeyPatch, teacher: float
+) -> None:
     model = oracle.shared_model("bridge", "llama")
     settings = Distillation(inputs=("m", "no", "pq"))
     told: list[str] = []
+    probabilities = torch.full((len(EXAMPLES),), teacher)
+    monkeypatch.setattr(selection, "teacher_scores", lambda *_, **__: probabilities)
     chosen = fit_auto(
         model, EXAMPLES, layers=[0, 1], alphas=[0.5], n_folds=3, objectives=("answers", "distill"),
         distillation=settings, relax_steps=(3, 4), max_evaluations=3,
         progress=lambda name, *_: told.append(name),
     )  # fmt: skip
+    assert chosen.teacher == tuple(probabilities.tolist())
+    assert chosen.fit.intervention.provenance["selection"]["teacher"] == list(chosen.teacher)
     taught = [row for row in chosen.table if row.objective == "distill"]
-    labelled = [row for row in chosen.table if row.objective == "answers"]
+    if not teacher:
+        assert chosen.objective == "answers"
+        assert not taught
+        assert {"final", "refit"} == set(told)
+        return
     assert {(r.layer, r.label_share, r.n_folds) for r in taught} == {
         (layer, share, 2) for layer in (0, 1) for share in selection.DISTILLED_SHARES
     }
-    best = [selection._best_first(rows)[0] for rows in (labelled, taught)]
-    shared = [row.score(2) for row in best]
-    assert chosen.objective == best[shared.index(max(shared))].objective
+    assert chosen.candidate is selection._best_first(taught)[0]
     assert {"final", "distilled", "refit"} == set(told)
+
+
+def test_distillation_alone_asks_no_teacher_first() -> None:
+    model = oracle.shared_model("bridge", "llama")
+    settings = Distillation(inputs=("m", "no", "pq"))
     alone = fit_auto(
         model, EXAMPLES, layers=[1], n_folds=2, objectives=["distill"], distillation=settings
     )
     assert alone.objective == "distill"
+    assert alone.teacher == ()
     recorded = alone.fit.intervention.provenance["objective"]
     assert recorded["inputs"] == ["m", "no", "pq"]
     assert recorded["label_share"] in selection.DISTILLED_SHARES
+
+
+def test_finalists_are_not_neighbours_while_there_are_others() -> None:
+    assert selection._apart([4, 3, 5, 8, 7, 1], 3.0) == [4, 8, 1, 3, 5, 7]
+    assert selection._apart([1, 0, 2], 0.5) == [1, 0, 2]
+    assert selection._apart([], 3.0) == []
 
 
 def test_objectives_that_cannot_be_are_refused() -> None:

@@ -84,10 +84,9 @@ class Candidate:
         """How many folds were fitted."""
         return len(self.fold_losses)
 
-    def score(self, n_folds: int | None = None) -> float:
-        """Mean score over the first folds; minus infinity where it is not a number."""
-        scores = self.fold_scores[:n_folds]
-        mean = sum(scores) / len(scores)
+    def score(self) -> float:
+        """Mean score over folds; minus infinity where it is not a number."""
+        mean = sum(self.fold_scores) / len(self.fold_scores)
         return -math.inf if math.isnan(mean) else mean
 
 

@@ -16,7 +16,7 @@ why it can be mixed with the labelled answers (`Distillation.label_share`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_laai.decoding import Edit, decode, longest_answer
+from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
 from tl_laai.objectives import mean_distribution
 from tl_laai.prefix import Packing, freeze, last_residual, run
 from tl_laai.prompts import (
@@ -239,6 +239,39 @@ def teach(
         TaughtExample(_with(own, whole[i]), rows[j], offsets[j])
         for j, (i, own) in enumerate(zip(kept, bare, strict=True))
     )
+
+
+def teacher_scores(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+    groups: Sequence[Hashable] | None = None,
+) -> Float[Tensor, " n_examples"]:
+    """Probability of each labelled answer after the other examples: how good a teacher would be.
+
+    A distilled fit comes near to its teacher, and asking the teacher costs one forward an example.
+
+    Example:
+        >>> teacher_scores(model, split.train).mean()  # doctest: +SKIP
+        tensor(0.4312, dtype=torch.float64)
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        examples: labelled examples; each is asked after the others, in their order.
+        template: how inputs become prompts.
+        groups: a label an example: those with its own are not shown to it either. None for each
+            by itself.
+
+    Returns:
+        Of the whole answer, `[n_examples]`.
+    """
+    labels = list(range(len(examples))) if groups is None else list(groups)
+    asked: list[TokenisedExample] = []
+    for example, label in zip(examples, labels, strict=True):
+        shown = [e for e, other in zip(examples, labels, strict=True) if other != label]
+        asked += tokenise(model, [example], template=template, demonstrations=shown)
+    return answer_log_probabilities(freeze(model, asked), [Edit()])[0].exp()
 
 
 def make_up_inputs(

@@ -322,10 +322,15 @@ def _fit_auto(
             for c in best.values()
         ]
         columns = (
-            "layer", "alpha", "relaxed", "objective", "held-out probability", "loss (nats)",
-            "heads", "",
+            "layer", "alpha", "relaxed", "objective", "held-out p", "loss (nats)", "heads", "",
         )  # fmt: skip
         display.show(display.text_table(columns, cells))
+        if chosen.teacher:
+            share = sum(chosen.teacher) / len(chosen.teacher)
+            display.say(
+                f"Each example asked after the others, the model gives its answer {share:.1%}: "
+                f"fitted on {'its few-shot answers' if chosen.objective == 'distill' else 'labels'}"
+            )
     return chosen.fit
 
 

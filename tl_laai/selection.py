@@ -1,10 +1,13 @@
 """Chooses layer, penalty and stopping by cross-validation inside the given examples.
 
-Two rounds on the batch engine: every layer is tried briefly on few folds; the best few go on to
-every penalty and number of steps. What is compared is told in `tl_laai.crossvalidation`.
+Two rounds on the batch engine: every layer is tried briefly on few folds; the best few that are
+not neighbours go on to every penalty and number of steps. What is compared is told in
+`tl_laai.crossvalidation`.
 
-Distillation (`tl_laai.distillation`) competes with the answers' own cross-entropy on the same
-score: each fold's teacher reads that fold's training part alone.
+Distillation (`tl_laai.distillation`) is taken where the teacher itself, asked each example after
+the others, does better than the best fit on held-out answers. Distilled fits on folds would say
+less: their teachers read few examples, and they are tried on few inputs. Among distilled fits
+folds decide, and each fold's teacher reads that fold's training part alone.
 """
 
 from __future__ import annotations
@@ -13,12 +16,12 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit
 from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
-from tl_laai.distillation import Distillation, NothingTaughtError
+from tl_laai.distillation import Distillation, NothingTaughtError, teacher_scores
 from tl_laai.fitting import ObjectiveName
 from tl_laai.hooking import Position
 from tl_laai.opinions import OptionExample
@@ -39,6 +42,9 @@ SCREENING_STEPS, SCREENING_EVALUATIONS = 15, 12
 SCREENING_ALPHA = 0.6  # where there are no relaxed fits
 SCREENING_FOLDS = 2
 FINALISTS = 3
+# Brief fits rank early layers too high, and neighbours alike: layers closer to a better one than
+# this share of the model (3 of 18) are left out of the final round.
+SEPARATION = 1 / 6
 # A distilled fit has many inputs: it is tried at fewer layers and penalties, on fewer folds.
 DISTILLED_ALPHAS = (0.0,)
 DISTILLED_SHARES = (0.0, 0.2)
@@ -72,11 +78,13 @@ class Selection:
         fit: refitted on all examples with the chosen setting.
         table: every candidate of all rounds.
         candidate: the row of the table that was chosen.
+        teacher: probability of each example's answer after the others, where it was asked for.
     """
 
     fit: Fit
     table: tuple[Candidate, ...]
     candidate: Candidate
+    teacher: tuple[float, ...] = ()
 
     @property
     def layer(self) -> int:
@@ -133,7 +141,8 @@ def fit_auto(
         relax_steps: candidate numbers of steps of the relaxed fit (`tl_laai.relaxation`), all of
             them scored along one run; None for `RELAX_STEPS`, and `DISTILLED_STEPS` where
             distilling; empty for the penalised fits themselves.
-        objectives: `answers`, `distill`, or both to choose between them.
+        objectives: `answers`, `distill`, or both: distilled where the few-shot prompt gives
+            held-out answers a higher probability than the best fit on labels.
         distillation: of `distill`; its `label_share` is chosen too, unless it is above 0.
         groups: a label an example: those with the same label are held out together. None holds
             out prompts that ask the same opinion question together, all else one by one.
@@ -156,7 +165,8 @@ def fit_auto(
         ValueError: too few examples or folds, no such layers, no alphas, or what `fit` raises.
     """
     labels = _labels(examples) if groups is None else list(groups)
-    candidates = list(range(backend_of(model).n_layers)) if layers is None else list(layers)
+    n_layers = backend_of(model).n_layers
+    candidates = list(range(n_layers)) if layers is None else list(layers)
     candidates = list(dict.fromkeys(candidates))
     taught_steps = DISTILLED_STEPS if relax_steps is None else relax_steps
     relax_steps = RELAX_STEPS if relax_steps is None else relax_steps
@@ -210,38 +220,50 @@ def fit_auto(
     ranked = candidates
     if screening:
         table += search.score("screening", screening, SCREENING_FOLDS, brief, SCREENING_EVALUATIONS)
-        ranked = [c.layer for c in _best_first(table)]
-    best: list[Candidate] = []
+        ranked = _apart([c.layer for c in _best_first(table)], SEPARATION * n_layers)
+    best: Candidate | None = None
     if n_labelled:
         final = search.score("final", labelled(ranked), len(folds), relax_steps)
         table += final
-        ranked = list(dict.fromkeys(candidate.layer for candidate in _best_first(final)))
-        best.append(_best_first(final)[0])
-    if n_taught:
+        final = _best_first(final)
+        ranked, best = list(dict.fromkeys(c.layer for c in final)), final[0]
+    teacher: tuple[float, ...] = ()
+    if best is not None and n_taught:
+        known = cast("Sequence[Example]", examples)
+        teacher = tuple(teacher_scores(model, known, template=template, groups=labels).tolist())
+    if n_taught and (best is None or sum(teacher) / len(teacher) > best.score()):
         try:
             distilled = search.score("distilled", taught(ranked), DISTILLED_FOLDS, taught_steps)
             table += distilled
-            best.append(_best_first(distilled)[0])
+            best = _best_first(distilled)[0]
         except NothingTaughtError as error:
-            if not best:
+            if best is None:
                 raise
             _LOG.warning("distillation is left out of the choice: %s", error)
-    # Objectives are compared on the folds that both were tried on.
-    n_shared = min(candidate.n_folds for candidate in best)
-    chosen = max(best, key=lambda candidate: candidate.score(n_shared))
+    assert best is not None  # objectives is not empty
     origin = {
         **(provenance or {}),
         "selection": {
             "folds": len(folds),
             "seed": seed,
             "table": [_as_json(candidate) for candidate in table],
+            "teacher": [_plain(probability) for probability in teacher],
         },
     }
-    return Selection(search.refit(chosen, origin), tuple(table), chosen)
+    return Selection(search.refit(best, origin), tuple(table), best, teacher)
 
 
 def _best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=Candidate.score, reverse=True)
+
+
+def _apart(ranked: Sequence[int], distance: float) -> list[int]:
+    """First the layers that are not near to a better one, then the rest, each best first."""
+    leading: list[int] = []
+    for layer in ranked:
+        if all(abs(layer - other) >= distance for other in leading):
+            leading.append(layer)
+    return leading + [layer for layer in ranked if layer not in leading]
 
 
 def _check(
