@@ -43,7 +43,7 @@ def compute_one(model: Any, task: Any, seed: int, n_train: int) -> list[Row]:
     from tl_laai import evaluate, fit_auto
     from tl_laai.adapters import hugging_face_model
     from tl_laai.distillation import Distillation
-    from tl_laai.finetuning import tune_fine_tuning
+    from tl_laai.finetuning_selection import tune_fine_tuning
     from tl_laai.recipes import draw
 
     data = draw(task, train=n_train, test=N_TEST, seed=seed)

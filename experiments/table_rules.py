@@ -165,7 +165,7 @@ def vectors(model: Any, data: Any, seed: int) -> list[Row]:
 def finetuning(model: Any, data: Any, seed: int) -> list[Row]:
     """LoRA and IA3, learning rate and steps by the same cross-validation."""
     from tl_laai.adapters import hugging_face_model
-    from tl_laai.finetuning import tune_fine_tuning
+    from tl_laai.finetuning_selection import tune_fine_tuning
 
     plain = hugging_face_model(MODEL, like=model)
     rows = []

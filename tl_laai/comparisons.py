@@ -108,7 +108,7 @@ def _fine_tuned(
     loaded: Any, model: str, name: Literal["lora", "ia3"], data: Any, folds: int, seed: int
 ) -> tuple[str, Evaluation]:
     """The chosen setting of an adapter, and its rows."""
-    from tl_laai.finetuning import tune_fine_tuning
+    from tl_laai.finetuning_selection import tune_fine_tuning
 
     tuned = tune_fine_tuning(
         loaded, data.train, method=name, n_folds=folds, seed=seed, hf_model=model

@@ -43,12 +43,8 @@ from tl_laai.fingerprints import fingerprint
 from tl_laai.models import load_model
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise
-from tl_laai.tasks import Example, check_count, cross_validation_folds
+from tl_laai.tasks import Example, check_count
 
-# Chosen by the loss held out in folds of ten examples (Gemma 3 270M, country-capital), which was
-# lowest at 1e-4 of 1e-4 to 1e-3, and at 3e-2 of 3e-3 to 3e-2: ends of what was tried.
-LEARNING_RATES: Mapping[str, tuple[float, ...]] = {"lora": (1e-4, 3e-4), "ia3": (1e-2, 3e-2)}
-CHECKPOINTS = (5, 10, 20, 40)
 BATCH_SIZE = 16
 WEIGHT_DECAY = 0.01
 ROWS_AT_ONCE = 64
@@ -128,42 +124,6 @@ class FineTuned:
         return Evaluation(tuple(answer_rows(self.model, examples, answers, scores)))
 
 
-@dataclass(frozen=True)
-class FineTuningCandidate:
-    """One row of the validation table.
-
-    Attributes:
-        learning_rate, steps: the candidate.
-        validation_loss: held-out answer cross-entropy in nats, mean over folds.
-        standard_error: of that mean over folds.
-        validation_probability: of the held-out answers, mean over folds: what is chosen by.
-        n_folds: folds that were trained.
-    """
-
-    learning_rate: float
-    steps: int
-    validation_loss: float
-    standard_error: float
-    validation_probability: float
-    n_folds: int
-
-
-@dataclass(frozen=True)
-class FineTuningSelection:
-    """What cross-validation chose.
-
-    Attributes:
-        fine_tuned: trained on all examples at the choice.
-        table: every candidate.
-        learning_rate, steps: the choice.
-    """
-
-    fine_tuned: FineTuned
-    table: tuple[FineTuningCandidate, ...]
-    learning_rate: float
-    steps: int
-
-
 def fine_tune(
     model: Any,
     examples: Sequence[Example],
@@ -208,94 +168,15 @@ def fine_tune(
     """
     config = AdapterConfig(method, rank, target_modules)
     check_count("steps", steps)
-    task = _Task.of(model, examples, config, batch_size, template, seed, hf_model)
-    return _fine_tune(task, learning_rate, steps)
-
-
-def tune_fine_tuning(
-    model: Any,
-    examples: Sequence[Example],
-    *,
-    method: Method = "lora",
-    rank: int = 8,
-    target_modules: str | Sequence[str] | None = None,
-    learning_rates: Sequence[float] | None = None,
-    steps: Sequence[int] = CHECKPOINTS,
-    n_folds: int = 2,
-    batch_size: int = BATCH_SIZE,
-    template: PromptTemplate = DEFAULT_TEMPLATE,
-    seed: int = 0,
-    hf_model: Any = None,
-) -> FineTuningSelection:
-    """Train with learning rate and number of steps chosen by k-fold cross-validation.
-
-    All numbers of steps are scored along one run, so only learning rates cost more. The score
-    and the folds are those of `selection.fit_auto`: the probability of held-out answers.
-
-    Example:
-        >>> chosen = tune_fine_tuning(model, split.train)  # doctest: +SKIP
-        >>> chosen.learning_rate, chosen.steps  # doctest: +SKIP
-        (0.0001, 40)
-
-    Args:
-        model: as for `fine_tune`.
-        examples: at least four; nothing else is looked at.
-        method: `lora` or `ia3`, see `AdapterConfig`.
-        rank: of LoRA's additions.
-        target_modules: of LoRA; None for peft's own choice.
-        learning_rates: candidates; None for the method's in `LEARNING_RATES`.
-        steps: candidate numbers of steps.
-        n_folds: at most the number of examples.
-        batch_size: examples a step; all of them where there are no more.
-        template: how inputs become prompts.
-        seed: as for `fine_tune`, and of the assignment to folds.
-        hf_model: as for `fine_tune`.
-
-    Returns:
-        The refitted choice and the whole validation table.
-
-    Raises:
-        ImportError, ValueError: as `fine_tune`; too few examples or folds; an empty grid.
-    """
-    if len(examples) < 4:
-        raise ValueError(
-            f"examples holds {len(examples)}: choosing by cross-validation needs at least 4. Give "
-            "more, or choose learning_rate and steps yourself."
-        )
-    config = AdapterConfig(method, rank, target_modules)
-    rates = sorted(set(LEARNING_RATES[method] if learning_rates is None else learning_rates))
-    checkpoints = sorted(set(steps))
-    if not (rates and checkpoints):
-        raise ValueError("learning_rates or steps is empty: give at least one candidate of each.")
-    held_out = cross_validation_folds(examples, min(n_folds, len(examples)), seed)
-    task = _Task.of(model, examples, config, batch_size, template, seed, hf_model)
-    table: list[FineTuningCandidate] = []
-    for rate in rates:
-        runs = [_validation_scores(task, rate, checkpoints, fold) for fold in held_out]
-        losses, probabilities = torch.tensor(runs, dtype=torch.float64).unbind(dim=2)
-        errors = losses.std(dim=0, correction=1) / len(held_out) ** 0.5
-        columns = (losses.mean(dim=0), errors, probabilities.mean(dim=0))
-        table += [
-            FineTuningCandidate(rate, at, loss, error, probability, len(held_out))
-            for at, loss, error, probability in zip(
-                checkpoints, *(column.tolist() for column in columns), strict=True
-            )
-        ]
-    best = max(table, key=_score)
-    fine_tuned = _fine_tune(task, best.learning_rate, best.steps)
-    return FineTuningSelection(fine_tuned, tuple(table), best.learning_rate, best.steps)
-
-
-def _score(candidate: FineTuningCandidate) -> float:
-    probability = candidate.validation_probability
-    return -math.inf if math.isnan(probability) else probability
+    training = Training.of(model, examples, config, batch_size, template, seed, hf_model)
+    return training.fine_tune(learning_rate, steps)
 
 
 # ------------------------------------------------------------------------- what is trained on
 
 
 @dataclass(frozen=True)
-class _Task:
+class Training:
     """Tokenised examples, the two forms of the model, and what all runs share."""
 
     model: Any
@@ -316,7 +197,8 @@ class _Task:
         template: PromptTemplate,
         seed: int,
         hf_model: Any,
-    ) -> _Task:
+    ) -> Training:
+        """Check the arguments of `fine_tune`, and load what they name."""
         import_peft()  # its absence is told before anything is loaded
         check_count("seed", seed)
         check_count("batch_size", batch_size)
@@ -345,6 +227,62 @@ class _Task:
         _check_same_weights(model, hf_model, tokenised[:1])
         return cls(model, hf_model, tokenised, config, batch_size, template, seed)
 
+    def fine_tune(self, learning_rate: float, steps: int) -> FineTuned:
+        """Train on all examples."""
+        losses: list[float] = []
+        with adapted(self.hf_model, self.config, self.seed) as hf_model:
+            for _ in self.run(hf_model, self.examples, learning_rate, [steps], losses):
+                pass
+            adapter = {
+                name: parameter.detach().clone()
+                for name, parameter in hf_model.named_parameters()
+                if parameter.requires_grad
+            }
+        finite = all(bool(tensor.isfinite().all()) for tensor in adapter.values())
+        if not (finite and all(map(math.isfinite, losses))):
+            raise ValueError(
+                f"learning_rate is {learning_rate}: training diverged, the loss or the adapter is "
+                "no longer finite. Use a smaller one."
+            )
+        return FineTuned(
+            adapter,
+            self.config,
+            learning_rate,
+            steps,
+            self.batch_size,
+            self.seed,
+            self.template,
+            tuple(losses),
+            self.model,
+            self.hf_model,
+        )
+
+    def run(
+        self,
+        hf_model: Any,
+        examples: Sequence[TokenisedExample],
+        learning_rate: float,
+        checkpoints: Sequence[int],
+        losses: list[float],
+    ) -> Iterator[int]:
+        """Train the adapter, stopping at each checkpoint; `losses` grows by one a step."""
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ValueError(f"learning_rate is {learning_rate}; use a positive number.")
+        if min(checkpoints) < 1:
+            raise ValueError(f"steps is {min(checkpoints)}; use at least 1.")
+        trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY)
+        batches = _batches(len(examples), self.batch_size, self.seed)
+        for step, batch in enumerate(islice(batches, max(checkpoints)), start=1):
+            with torch.enable_grad():
+                loss = answer_loss(hf_model, [examples[i] for i in batch])
+                loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(loss.item())
+            if step in checkpoints:
+                yield step
+
 
 def _check_same_weights(model: Any, hf_model: Any, examples: Sequence[TokenisedExample]) -> None:
     """Refuse two models that score an answer differently."""
@@ -359,82 +297,6 @@ def _check_same_weights(model: Any, hf_model: Any, examples: Sequence[TokenisedE
             f"log-probability {got:.4f}, model gives {expected:.4f}. Give the checkpoint that "
             "model was loaded from."
         )
-
-
-# ------------------------------------------------------------------------------------ training
-
-
-def _fine_tune(task: _Task, learning_rate: float, steps: int) -> FineTuned:
-    losses: list[float] = []
-    with adapted(task.hf_model, task.config, task.seed) as hf_model:
-        for _ in _train(hf_model, task, task.examples, learning_rate, [steps], losses):
-            pass
-        adapter = {
-            name: parameter.detach().clone()
-            for name, parameter in hf_model.named_parameters()
-            if parameter.requires_grad
-        }
-    finite = all(bool(tensor.isfinite().all()) for tensor in adapter.values())
-    if not (finite and all(map(math.isfinite, losses))):
-        raise ValueError(
-            f"learning_rate is {learning_rate}: training diverged, the loss or the adapter is no "
-            "longer finite. Use a smaller one."
-        )
-    return FineTuned(
-        adapter,
-        task.config,
-        learning_rate,
-        steps,
-        task.batch_size,
-        task.seed,
-        task.template,
-        tuple(losses),
-        task.model,
-        task.hf_model,
-    )
-
-
-def _validation_scores(
-    task: _Task, learning_rate: float, checkpoints: Sequence[int], held_out: Sequence[int]
-) -> list[tuple[float, float]]:
-    """Held-out loss and probability at each checkpoint of a run on the other examples."""
-    kept = [e for i, e in enumerate(task.examples) if i not in held_out]
-    asked = [task.examples[i] for i in held_out]
-    scores = []
-    with adapted(task.hf_model, task.config, task.seed) as hf_model:
-        for _ in _train(hf_model, task, kept, learning_rate, checkpoints, []):
-            with torch.no_grad():
-                own = [t.double() for t in token_losses(hf_model, asked)]
-            loss = sum(float(t.mean()) for t in own) / len(own)
-            scores.append((loss, sum(float((-t.sum()).exp()) for t in own) / len(own)))
-    return scores
-
-
-def _train(
-    hf_model: Any,
-    task: _Task,
-    examples: Sequence[TokenisedExample],
-    learning_rate: float,
-    checkpoints: Sequence[int],
-    losses: list[float],
-) -> Iterator[int]:
-    """Train the adapter, stopping at each checkpoint; `losses` grows by one a step."""
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(f"learning_rate is {learning_rate}; use a positive number.")
-    if min(checkpoints) < 1:
-        raise ValueError(f"steps is {min(checkpoints)}; use at least 1.")
-    trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY)
-    batches = _batches(len(examples), task.batch_size, task.seed)
-    for step, batch in enumerate(islice(batches, max(checkpoints)), start=1):
-        with torch.enable_grad():
-            loss = answer_loss(hf_model, [examples[i] for i in batch])
-            loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
-        if step in checkpoints:
-            yield step
 
 
 def _batches(n: int, batch_size: int, seed: int) -> Iterator[list[int]]:
