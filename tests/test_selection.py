@@ -18,7 +18,6 @@ from tl_laai import selection
 from tl_laai.distillation import Distillation
 from tl_laai.fitting import fit
 from tl_laai.opinions import OptionExample
-from tl_laai.prompts import tokenise
 from tl_laai.selection import Candidate, Selection, fit_auto
 from tl_laai.tasks import Example, cross_validation_folds
 
@@ -62,30 +61,6 @@ def told_choice(
 
 def rows_of(chosen: Selection, name: str) -> list[Candidate]:
     return [row for row in chosen.table if row.round == name]
-
-
-def slow_scores(
-    model: Any, row: Candidate, folds: list[list[int]], n: int
-) -> tuple[list[float], list[float]]:
-    """Losses and probabilities: one fit at a time, scored held out by full forwards."""
-    losses, probabilities = [], []
-    for held_out in folds:
-        train = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
-        own = fit(
-            model,
-            train,
-            layer=row.layer,
-            alpha=row.alpha,
-            max_evaluations=n,
-            relax_steps=row.relax_steps,
-        )
-        test = tokenise(model, [EXAMPLES[i] for i in held_out])
-        with torch.no_grad():
-            each = [oracle.loss(model, [e], own.intervention.deltas).item() for e in test]
-        losses.append(sum(each) / len(each))
-        wholes = [loss * len(e.answer) for loss, e in zip(each, test, strict=True)]
-        probabilities.append(sum(math.exp(-whole) for whole in wholes) / len(wholes))
-    return losses, probabilities
 
 
 @settings(deadline=None, max_examples=50)
@@ -160,24 +135,6 @@ def test_the_choice_has_the_highest_held_out_probability_of_the_final_round(
     assert chosen.candidate == max(final, key=lambda row: row.validation_probability)
     assert (chosen.layer, chosen.alpha) == (chosen.candidate.layer, chosen.candidate.alpha)
     assert len({row.validation_probability for row in final}) > 1
-
-
-@STAGES
-def test_scores_are_those_of_fits_made_fold_by_fold(
-    backend: str, model: Any, relax_steps: tuple[int, ...]
-) -> None:
-    chosen, _ = told_choice(backend, relax_steps)
-    folds = cross_validation_folds(EXAMPLES, N_FOLDS, 5)
-    screened = (rows_of(chosen, "screening")[3], folds[:2], selection.SCREENING_EVALUATIONS)
-    final = [(row, folds, EVALUATIONS) for row in rows_of(chosen, "final")[::3]]
-    for row, parts, evaluations in (screened, *final):
-        losses, probabilities = map(torch.tensor, slow_scores(model, row, parts, evaluations))
-        assert row.validation_loss == pytest.approx(losses.mean().item(), rel=1e-6)
-        assert row.validation_probability == pytest.approx(probabilities.mean().item(), rel=1e-6)
-        assert row.fold_scores == pytest.approx(probabilities.tolist(), rel=1e-6)
-        spread = math.sqrt((losses - losses.mean()).square().sum().item() / (len(parts) - 1))
-        assert row.standard_error == pytest.approx(spread / math.sqrt(len(parts)), rel=1e-4)
-        assert row.n_folds == len(parts)
 
 
 @STAGES

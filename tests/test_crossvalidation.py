@@ -1,0 +1,126 @@
+"""Scores on folds, against fits made one by one and full forwards; the work that is told."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+
+from tl_laai.batches import FitProblem
+from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
+from tl_laai.distillation import Distillation, teach, weighed
+from tl_laai.fitting import fit, fit_many, taught_problem
+from tl_laai.prompts import DEFAULT_TEMPLATE, tokenise
+from tl_laai.tasks import Example, cross_validation_folds
+
+WORDS = ("ab", "cde", "f", "gh", "ij", "klm", "n")
+EXAMPLES = tuple(Example(word, word[0].upper() + "x" * (i % 2)) for i, word in enumerate(WORDS))
+FOLDS = cross_validation_folds(EXAMPLES, 3, 5)
+EVALUATIONS, LEARNING_RATE = 6, 0.1
+TAUGHT = Distillation(inputs=("m", "no", "pq", "rs"))
+
+
+@pytest.fixture
+def backend() -> str:
+    """One is enough: nothing here looks into a model, and fits are tested on both."""
+    return "bridge"
+
+
+@pytest.fixture
+def model(windowed: Any) -> Any:
+    return windowed
+
+
+def search_on(model: Any, told: list[tuple[str, int, int]] | None = None) -> CrossValidation:
+    return CrossValidation(
+        model, EXAMPLES, FOLDS, 0.0, EVALUATIONS, LEARNING_RATE, "prompt_end", DEFAULT_TEMPLATE,
+        1.0, None if told is None else lambda *state: told.append(state), TAUGHT, n_inputs=3,
+    )  # fmt: skip
+
+
+def held_out_scores(model: Any, deltas: Any, held_out: list[int]) -> tuple[float, float]:
+    """Loss and probability of the held-out answers by full forwards."""
+    asked = tokenise(model, [EXAMPLES[i] for i in held_out])
+    with torch.no_grad():
+        losses = [oracle.loss(model, [example], deltas).item() for example in asked]
+    wholes = [loss * len(e.answer) for loss, e in zip(losses, asked, strict=True)]
+    return sum(losses) / len(losses), sum(math.exp(-whole) for whole in wholes) / len(wholes)
+
+
+def check(row: Candidate, losses: list[float], probabilities: list[float]) -> None:
+    assert row.fold_losses == pytest.approx(losses, rel=1e-6)
+    assert row.fold_scores == pytest.approx(probabilities, rel=1e-6)
+    assert row.validation_loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert row.validation_probability == pytest.approx(row.score(), rel=1e-9)
+    spread = torch.tensor(row.fold_losses, dtype=torch.float64).std(correction=1).item()
+    assert row.standard_error == pytest.approx(spread / math.sqrt(len(losses)), rel=1e-4)
+    assert row.n_folds == len(losses)
+
+
+@pytest.mark.parametrize("relax_steps", [(), (3, 5)], ids=["penalised", "relaxed"])
+def test_scores_are_those_of_fits_made_fold_by_fold(
+    model: Any, relax_steps: tuple[int, ...]
+) -> None:
+    grid = [Trial(1, 0.8), Trial(3, 0.5)]
+    rows = search_on(model).score("final", grid, 2, relax_steps)
+    assert [(row.relax_steps, row.layer, row.alpha) for row in rows] == [
+        (steps, trial.layer, trial.alpha) for steps in relax_steps or (0,) for trial in grid
+    ]
+    for row in rows:
+        slow = []
+        for held_out in FOLDS[:2]:
+            own = fit(
+                model,
+                [e for i, e in enumerate(EXAMPLES) if i not in held_out],
+                layer=row.layer,
+                alpha=row.alpha,
+                max_evaluations=EVALUATIONS,
+                relax_steps=row.relax_steps,
+            )
+            slow.append(held_out_scores(model, own.intervention.deltas, held_out))
+        check(row, *map(list, zip(*slow, strict=True)))
+
+
+def test_a_folds_teacher_reads_that_folds_training_part_alone(model: Any) -> None:
+    grid = [Trial(1, 0.0, "distill", 0.2)]
+    [row] = search_on(model).score("distilled", grid, 2, (3,))
+    assert (row.objective, row.label_share) == ("distill", 0.2)
+    inputs = ("m", "no", "pq")
+    slow = []
+    for held_out in FOLDS[:2]:
+        part = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
+        lesson = weighed(
+            teach(model, inputs, part), part, Distillation(label_share=0.2), inputs, made_up=False
+        )
+        problem = taught_problem(FitProblem(part, 1, alpha=0.0), lesson)
+        (own,) = fit_many(model, [problem], relax_steps=3)
+        slow.append(held_out_scores(model, own.intervention.deltas, held_out))
+    check(row, *map(list, zip(*slow, strict=True)))
+
+
+def test_the_work_told_is_the_cost_foretold(model: Any) -> None:
+    told: list[tuple[str, int, int]] = []
+    search = search_on(model, told)
+    grid = [Trial(1, 0.8), Trial(3, 0.0)]
+    # Two folds; of relaxed fits only those with a penalty are solved first.
+    assert search.cost(grid, 2, ()) == 2 * 2 * EVALUATIONS
+    assert search.cost(grid, 2, (3, 5)) == 2 * (EVALUATIONS + 2 * 6)
+    assert search.cost(grid, 9, (), 4) == 3 * 2 * 4
+    search.work = search.cost(grid, 2, (3, 5))
+    search.score("final", grid, 2, (3, 5))
+    assert {name for name, _, _ in told} == {"final"}
+    done = [state[1] for state in told]
+    assert done == sorted(done)
+    assert done[-1] <= search.work
+
+
+def test_a_score_that_is_no_number_is_the_lowest() -> None:
+    rows = [
+        Candidate(1, 0.5, "final", 1.0, 0.1, score, 1.0, (1.0, 1.0), (score, 0.5))
+        for score in (math.nan, 0.2)
+    ]
+    assert rows[0].score() == -math.inf
+    assert rows[1].score() == pytest.approx(0.35)
