@@ -24,7 +24,6 @@ from tl_laai import (
     hooking,
     load_model,
     models,
-    opinions,
     selection,
 )
 from tl_laai.cli import app
@@ -91,61 +90,6 @@ def fit_arguments(room: Path, **changes: object) -> list[object]:
 def inside(room: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(room)
     return room
-
-
-# ------------------------------------------------------------------------------------ opinions
-
-
-@pytest.fixture
-def poll(inside: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A poll whose letters are one token each for a tokenizer of bytes, in short prompts."""
-    template = opinions.OpinionTemplate(
-        text="{question}\n{options}\n=", option="{letter}{option}", answer_prefix=""
-    )
-    monkeypatch.setattr(opinions, "DEFAULT_OPINION_TEMPLATE", template)
-    row = {"options": ["x", "y"], "group": "all", "distribution": [0.9, 0.1]}
-    lines = [json.dumps(row | {"question": f"is {letter}?"}) for letter in "abcdefgh"]
-    (inside / "poll.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return inside
-
-
-def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) -> None:
-    arguments = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--layer", 1)
-    options = ("--train", 4, "--max-evaluations", 20, "--shots", 2)
-    shown = done("opinions", *arguments, *options, "--out", "opinion", "--json").stdout
-    results = json.loads(shown)["results"]
-    assert list(results) == ["uniform", "train_mean", "zero_shot", "few_shot", "fitted"]
-    assert {result["n"] for result in results.values()} == {4}
-    assert results["train_mean"]["kl"] == pytest.approx(0, abs=1e-12)
-    assert results["fitted"]["prompt_kl"] < results["zero_shot"]["prompt_kl"]
-    saved = Intervention.from_pretrained("opinion")
-    assert saved.layers == (1,)
-    assert saved.provenance["opinions"]["group"] == "all"
-    table = done("opinions", *arguments, *options, "--alpha", 0.5, "--shots", 0).stdout
-    assert "all: 4 held-out questions" in table
-    assert max(map(len, table.splitlines())) <= 80
-    assert "training mean  0.000 [.00, .00]" in table
-    assert "few-shot" not in table
-
-
-def test_opinions_choose_a_layer_by_cross_validation_over_questions(poll: Path) -> None:
-    arguments = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--shots", 0)
-    options = ("--alpha", 0.5, "--orders", 2, "--json")
-    assert json.loads(done("opinions", *arguments, *options).stdout)["layer"] in (0, 1, 2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--group", "Whig"), "group must be one of ['Democrat', 'Independent', 'Republican'"),
-        (("--group", "65+", "--train", 19), "--train 19 leaves 1 to hold out; give fewer"),
-        (("--group", "65+", "--layer", "x"), "--layer holds 'x'; give a number from 0, or auto"),
-    ],
-)
-def test_opinions_that_cannot_be_fitted_are_refused(
-    arguments: tuple[object, ...], message: str
-) -> None:
-    assert message in refused(laai("opinions", "--model", "none", *arguments), 2)
 
 
 # ------------------------------------------------------------------------------ help and lists

@@ -94,13 +94,23 @@ def evaluate(
 ) -> None:
     """Compare zero-shot, few-shot and intervened answers on held-out examples.
 
-    Model, task and split are those of the fit. The demonstrations are the
-    examples that it was fitted on; none of these is held out.
+    Model, task (or poll) and split are those of the fit. The demonstrations
+    are the examples that it was fitted on; none of these is held out.
     """
     from tl_laai.interventions import Intervention
 
     intervention = Intervention.from_pretrained(folder)
     known = intervention.provenance
+    if "opinions" in known and task is None:
+        if test is not None or seed is not None:
+            raise ValueError(
+                f"--test and --seed are for tasks: {folder} was fitted on opinions, and is "
+                "compared on the questions held out then; leave them out"
+            )
+        opinion_commands.evaluate_opinion_fit(
+            intervention, model, backend, few_shot=few_shot, json=json
+        )
+        return
     data = recorded_data(known, task=task, test=test, seed=seed)
     template = recorded_template(known)
     if not data.origin_known:

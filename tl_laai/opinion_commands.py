@@ -1,17 +1,23 @@
-"""The command that fits and compares a group's opinions: `laai opinions`."""
+"""Commands on a group's opinions: `laai opinions`, and `laai evaluate` of what it saved."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tl_laai import display
-from tl_laai.options import AnyBackend, AnyModel, Json, layer_number, load
+from tl_laai.options import AnyBackend, AnyModel, Json, layer_number, load, load_for
+from tl_laai.recipes import recorded_poll
 
-# Shares of lambda_max that cross-validation tries.
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tl_laai.interventions import Intervention
+    from tl_laai.surveys import OpinionEvaluation
+
 OPINION_STEPS, OPINION_LEARNING_RATE = 45, 0.03
 
 
@@ -86,7 +92,7 @@ def opinions(
             "digest": task.digest,
             "template": asdict(DEFAULT_OPINION_TEMPLATE),
         },
-        "split": {"train": n_train, "orders": orders, "seed": seed},
+        "split": {"train": n_train, "orders": orders, "seed": seed, "shots": shots},
     }
     if fixed is None:
         with display.row_bar("Cross-validating") as progress:
@@ -122,11 +128,43 @@ def opinions(
             shots=shots,
             template=DEFAULT_OPINION_TEMPLATE,
         )
+    _show(group, results, json, layer=fitted.layer)
     if json:
-        figures = {name: result.to_dict(rows=True) for name, result in results.items()}
-        display.show_json({"layer": fitted.layer, "group": group, "results": figures})
         return
-    display.show_opinions(group, results)
     display.show_fit(fitted)
     if out is not None:
-        display.say(f"Saved to {out}. Next: laai show {out}")
+        display.say(f"Saved to {out}. Next: laai evaluate {out}")
+
+
+def evaluate_opinion_fit(
+    intervention: Intervention,
+    model: str | None,
+    backend: str | None,
+    *,
+    few_shot: bool,
+    json: bool,
+) -> None:
+    """Compare a saved fit on the questions that it was not fitted on, as `opinions` does."""
+    from tl_laai.surveys import compare_opinions
+
+    poll = recorded_poll(intervention.provenance)
+    loaded = load_for(intervention, model, backend)
+    with display.step(f"Asking {len(poll.split.test)} questions"):
+        results = compare_opinions(
+            loaded,
+            poll.split,
+            intervention,
+            n_orders=poll.n_orders,
+            seed=poll.seed,
+            shots=poll.shots if few_shot else 0,
+            template=poll.template,
+        )
+    _show(poll.group, results, json, layer=intervention.layers[0])
+
+
+def _show(group: str, results: Mapping[str, OpinionEvaluation], json: bool, *, layer: int) -> None:
+    if json:
+        figures = {name: result.to_dict(rows=True) for name, result in results.items()}
+        display.show_json({"layer": layer, "group": group, "results": figures})
+    else:
+        display.show_opinions(group, results)

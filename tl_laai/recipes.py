@@ -3,6 +3,7 @@
     model, backend                  what to load
     task   name, source, digest     which data; a digest that differs is refused
     split  train, test, seed        the examples fitted on, and those held out
+    opinions group, source, digest  instead of a task: whose answers to which questions
 
 So a saved intervention can be evaluated on its own held-out examples with nothing else said, and
 compared with the same model zero-shot and prompted with the same examples.
@@ -20,6 +21,8 @@ from tl_laai.tasks import Example, Task, load_task, same_input_key
 if TYPE_CHECKING:
     from tl_laai.evaluation import Evaluation
     from tl_laai.interventions import Intervention
+    from tl_laai.opinions import OpinionTemplate
+    from tl_laai.polls import OpinionSplit
     from tl_laai.prompts import PromptTemplate
 
 DEFAULT_TRAIN, DEFAULT_TEST = 10, 100
@@ -175,6 +178,56 @@ def recorded_data(
         )
     another_task = _lookup(provenance, "task", "name") not in (None, loaded.name)
     return replace(data, origin_known=same or another_task)
+
+
+@dataclass(frozen=True)
+class PollData:
+    """The questions of an opinion fit, and how they are asked.
+
+    Attributes:
+        group: whose answers.
+        split: what was fitted on, and what is held out.
+        n_orders: prompts a question.
+        seed: of split and orders.
+        shots: questions that few-shot prompts show; None for all that were fitted on.
+        template: how questions become prompts.
+    """
+
+    group: str
+    split: OpinionSplit
+    n_orders: int
+    seed: int
+    shots: int | None
+    template: OpinionTemplate
+
+
+def recorded_poll(provenance: Mapping[str, Any]) -> PollData:
+    """The questions that an opinion fit was made on, and those held out from it.
+
+    Raises:
+        FileNotFoundError, ValueError: the poll is not where it was, or has changed since the fit.
+    """
+    from tl_laai.opinions import OpinionTemplate
+    from tl_laai.polls import OpinionTask
+
+    group, source, digest = (
+        _lookup(provenance, "opinions", name) for name in ("group", "source", "digest")
+    )
+    if source == "built-in":
+        task = OpinionTask.load(group)
+    else:
+        task = OpinionTask.from_jsonl(str(source), group=group)
+    if task.digest != digest:
+        raise ValueError(
+            f"the questions of {group!r} in {source} have changed since the fit (digest {digest}, "
+            f"now {task.digest}), so its split cannot be made again; restore them"
+        )
+    n_train, n_orders, seed, shots = (
+        _lookup(provenance, "split", name) for name in ("train", "orders", "seed", "shots")
+    )
+    template = OpinionTemplate(**_lookup(provenance, "opinions", "template"))
+    split = task.split(train=n_train, seed=seed)
+    return PollData(task.group, split, n_orders, seed, shots, template)
 
 
 def recorded_template(provenance: Mapping[str, Any]) -> PromptTemplate:

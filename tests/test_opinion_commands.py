@@ -1,0 +1,90 @@
+"""The commands on opinions, on a tiny model and a poll of its own letters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import done, laai, refused, save_checkpoint
+
+from tl_laai import Intervention, opinions
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a poll."""
+    room = tmp_path_factory.mktemp("room")
+    save_checkpoint(room / "model")
+    row = {"options": ["x", "y"], "group": "all", "distribution": [0.9, 0.1]}
+    lines = [json.dumps(row | {"question": f"is {letter}?"}) for letter in "abcdefgh"]
+    (room / "poll.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return room
+
+
+@pytest.fixture
+def poll(room: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Letters are one token each for a tokenizer of bytes, in short prompts."""
+    monkeypatch.chdir(room)
+    template = opinions.OpinionTemplate(
+        text="{question}\n{options}\n=", option="{letter}{option}", answer_prefix=""
+    )
+    monkeypatch.setattr(opinions, "DEFAULT_OPINION_TEMPLATE", template)
+    return room
+
+
+def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) -> None:
+    arguments = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--layer", 1)
+    options = ("--train", 4, "--max-evaluations", 20, "--shots", 2)
+    shown = done("opinions", *arguments, *options, "--out", "opinion", "--json").stdout
+    results = json.loads(shown)["results"]
+    assert list(results) == ["uniform", "train_mean", "zero_shot", "few_shot", "fitted"]
+    assert {result["n"] for result in results.values()} == {4}
+    assert results["train_mean"]["kl"] == pytest.approx(0, abs=1e-12)
+    assert results["fitted"]["prompt_kl"] < results["zero_shot"]["prompt_kl"]
+    saved = Intervention.from_pretrained("opinion")
+    assert saved.layers == (1,)
+    assert saved.provenance["opinions"]["group"] == "all"
+    table = done("opinions", *arguments, *options, "--alpha", 0.5, "--shots", 0).stdout
+    assert "all: 4 held-out questions" in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert "training mean  0.000 [.00, .00]" in table
+    assert "few-shot" not in table
+
+
+def test_a_saved_opinion_fit_is_evaluated_on_the_same_questions_again(
+    poll: Path, tmp_path: Path
+) -> None:
+    arguments = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--layer", 1)
+    options = ("--train", 4, "--max-evaluations", 5, "--shots", 2, "--seed", 3, "--orders", 2)
+    out = tmp_path / "opinion"
+    first = json.loads(done("opinions", *arguments, *options, "--out", out, "--json").stdout)
+    assert json.loads(done("evaluate", out, "--json").stdout) == first
+    table = done("evaluate", out, "--no-few-shot").stdout
+    assert "all: 4 held-out questions" in table
+    assert "few-shot" not in table
+    assert "are for tasks" in refused(laai("evaluate", out, "--test", 3), 2)
+    text = (poll / "poll.jsonl").read_text(encoding="utf-8")
+    (poll / "poll.jsonl").write_text(text.replace("is a?", "is z?"), encoding="utf-8")
+    assert "have changed since the fit" in refused(laai("evaluate", out), 2)
+    (poll / "poll.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_opinions_choose_a_layer_by_cross_validation_over_questions(poll: Path) -> None:
+    arguments = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--shots", 0)
+    options = ("--alpha", 0.5, "--orders", 2, "--json")
+    assert json.loads(done("opinions", *arguments, *options).stdout)["layer"] in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--group", "Whig"), "group must be one of ['Democrat', 'Independent', 'Republican'"),
+        (("--group", "65+", "--train", 19), "--train 19 leaves 1 to hold out; give fewer"),
+        (("--group", "65+", "--layer", "x"), "--layer holds 'x'; give a number from 0, or auto"),
+    ],
+)
+def test_opinions_that_cannot_be_fitted_are_refused(
+    arguments: tuple[object, ...], message: str
+) -> None:
+    assert message in refused(laai("opinions", "--model", "none", *arguments), 2)
