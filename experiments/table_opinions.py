@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from common import FIGURES, ROOT, parser
-from tables import Row, by_method, interval, markdown, resume
+from tables import Row, by_method, markdown, resume
 
-from tl_laai.metrics import paired_bootstrap
+from tl_laai.metrics import PairedDifference, paired_bootstrap
 from tl_laai.rows import read_rows
 
 MODEL, LAYER = "gemma-3-270m", 9
@@ -119,23 +119,26 @@ def show(rows: list[Row], measure: str) -> None:
     groups = list(dict.fromkeys(row["group"] for row in rows))
     lines = []
     for method, own in found.items():
-        cells = []
-        for group in groups:
-            mean, low, high = interval([row[measure] for row in own[group]])
-            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
-        lines.append([method, *cells])
+        cells = [_interval(own[group], None, measure) for group in groups]
+        lines.append([method, *(f"{i.difference:.3f} {_between(i)}" for i in cells)])
     print(markdown([f"{measure}, held out", *groups], lines))
     lines = []
     for other in (method for method in found if method != "fitted"):
-        cells = []
-        for group in groups:
-            pairs = list(zip(found["fitted"][group], found[other][group], strict=True))
-            a, b = ([v for pair in pairs for v in pair[i][measure]] for i in (0, 1))
-            seeds = [ours["seed"] for ours, _ in pairs for _ in ours[measure]]
-            it = paired_bootstrap(a, b, seeds)
-            cells.append(f"{it.difference:+.3f} ({it.low:+.3f} to {it.high:+.3f})")
-        lines.append([f"fitted - {other}", *cells])
+        cells = [_interval(found["fitted"][g], found[other][g], measure) for g in groups]
+        lines.append([f"fitted - {other}", *(f"{i.difference:+.3f} {_between(i)}" for i in cells)])
     print("\n" + markdown(["difference", *groups], lines))
+    print(f"\nSeeds {sorted({row['seed'] for row in rows})}; intervals over questions.")
+
+
+def _interval(ours: list[Row], theirs: list[Row] | None, measure: str) -> PairedDifference:
+    """Of a mean, or of a difference; what one question got in several splits is drawn together."""
+    a = [value for row in ours for value in row[measure]]
+    b = [0.0] * len(a) if theirs is None else [v for row in theirs for v in row[measure]]
+    return paired_bootstrap(a, b, [question for row in ours for question in row["questions"]])
+
+
+def _between(found: PairedDifference) -> str:
+    return f"({found.low:.3f} to {found.high:.3f})"
 
 
 def main() -> None:
