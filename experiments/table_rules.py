@@ -53,10 +53,10 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
     from tl_laai.controls import permuted_heads, random_direction, shuffled_answers
     from tl_laai.crossvalidation import Candidate
     from tl_laai.decoding import Edit
-    from tl_laai.distillation import Distillation, prepare, teacher_scores
+    from tl_laai.distillation import Distillation, ask_teacher, prepare
     from tl_laai.evaluation import as_edit, evaluate_edits
     from tl_laai.fitting import taught_problem
-    from tl_laai.selection import PRESETS
+    from tl_laai.selection import PRESETS, does_better
     from tl_laai.side_effects import next_token_kl
 
     choose = partial(fit_auto, model, data.train, **search(seed))
@@ -99,15 +99,12 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
             described(relaxed),
         ),
     }
-    # As fit_auto chooses: the fits on labels by held-out answers, the teacher by the answers that
-    # it gives to each example after the others.
-    scores = {
-        "relaxed": relaxed.score(),
-        "unregularised": free.score(),
-        "distilled": float(teacher_scores(model, data.train).mean()),
-    }
-    best = max(scores, key=scores.__getitem__)
+    # As fit_auto chooses.
+    teacher = ask_teacher(model, data.train)
+    by_labels = "relaxed" if labelled.candidate is relaxed else "unregularised"
+    best = "distilled" if does_better(teacher, labelled.held_out) else by_labels
     found["best by validation"] = found[best]
+    held_out = {by_labels: labelled.held_out, "distilled": teacher}
     edits = {"zero-shot": Edit()}
     edits |= {name: as_edit(model, f.intervention) for name, (f, _) in found.items()}
     edits["random direction"] = random_direction(edits["relaxed"], seed)
@@ -121,8 +118,8 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
         more = {} if fitted is None else _of_fit(fitted)
         if name in moved:
             more["kl_unrelated"] = float(moved[name].mean())
-        if name in scores:
-            more["validation"] = scores[name]
+        if name in held_out:
+            more["validation"] = [held_out[name].exact_match, held_out[name].probability]
         if name == "distilled":
             more["n_test_made_up"] = _made_up(lesson.inputs, data.test)
         rows.append(answer_row(name, score, setting, **more))

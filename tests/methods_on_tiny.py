@@ -1,13 +1,11 @@
-"""What the tests of baseline methods share: examples, a tiny model, slow few-shot prompts."""
+"""What the tests of baseline methods share: examples, slow few-shot prompts, plain hooks."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import oracle
-from tiny import tiny_model
 from torch import Tensor
 
 from tl_laai.prompts import DEFAULT_TEMPLATE
@@ -15,11 +13,6 @@ from tl_laai.tasks import Example
 
 # Inputs and answers of several lengths; short, since a byte is a token and the context is 128.
 EXAMPLES = tuple(Example(a, b) for a, b in (("ab", "x"), ("cde", "yz"), ("f", "wv"), ("gh", "u")))
-
-
-@functools.cache
-def model_of(backend: str, family: str) -> Any:
-    return oracle.run_once(tiny_model(backend, family))
 
 
 def tokens(model: Any, text: str) -> tuple[int, ...]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from tiny import tiny_model
 from torch import Tensor
 
 from tl_laai.activations import gradient_at_zero, last_token, losses_under
@@ -17,28 +14,6 @@ from tl_laai.backends import backend_of
 from tl_laai.prefix import freeze
 
 LENGTHS = ((6, 1), (9, 3), (1, 2), (13, 2))
-
-
-@functools.cache
-def model_of(backend: str, family: str) -> Any:
-    return oracle.run_once(tiny_model(backend, family))
-
-
-@pytest.fixture
-def model(backend: str, family: str) -> Iterator[Any]:
-    """Every family on every backend, left as found by every test."""
-    found = model_of(backend, family)
-    before = oracle.state_of(found)
-    yield found
-    assert oracle.state_of(found) == before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_last_tokens_equal_the_models_own_cache(model: Any) -> None:
@@ -71,7 +46,7 @@ def test_what_heads_write_sums_to_what_attention_adds(model: Any) -> None:
 
 @pytest.mark.parametrize("position", ["prompt_end", "every_step"])
 def test_losses_and_gradients_equal_full_forwards(backend: str, position: Any) -> None:
-    model = model_of(backend, "gemma")
+    model = oracle.shared_model(backend, "gemma")
     examples = oracle.random_examples(LENGTHS)
     deltas: dict[int, Tensor] = {
         layer: torch.stack([oracle.random_delta(model, seed=seed + layer) for seed in (1, 5)])
@@ -90,7 +65,7 @@ def test_losses_and_gradients_equal_full_forwards(backend: str, position: Any) -
 
 
 def test_the_gradient_at_zero_equals_each_layers_own(backend: str) -> None:
-    model = model_of(backend, "gemma")
+    model = oracle.shared_model(backend, "gemma")
     examples = oracle.random_examples(LENGTHS[:2])
     loss, gradient = gradient_at_zero(freeze(model, examples))
     for layer in range(model.cfg.n_layers):

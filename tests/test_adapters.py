@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import oracle
@@ -25,14 +24,6 @@ class Speaker:
     """What `EndTokens` needs of a model."""
 
     tokenizer = tiny_tokenizer()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logits_of(hf_model: Any, tokens: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from methods_on_tiny import EXAMPLES, model_of
+from methods_on_tiny import EXAMPLES
 
 from tl_laai.baselines import METHODS, Trial, _score, compare_methods, tune
 from tl_laai.decoding import Edit
@@ -26,18 +26,7 @@ TEST = (Example("m", "xy"), Example("nop", "z"))
 @pytest.fixture
 def model(backend: str) -> Iterator[Any]:
     """On each backend the family with most to get wrong, left as found by every test."""
-    found = model_of(backend, "gemma")
-    before = oracle.state_of(found)
-    yield found
-    assert oracle.state_of(found) == before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    yield from oracle.watched(oracle.shared_model(backend, "gemma"))
 
 
 def slow_scores(model: Any, examples: Sequence[Example], edit: Edit) -> tuple[float, float]:

@@ -490,6 +490,7 @@ def test_fit_chooses_layer_and_penalty_unless_told(
     assert "chosen" in result.stdout
     table = Intervention.from_pretrained(tmp_path / "chosen").provenance["selection"]["table"]
     assert {row["layer"] for row in table} == {0, 1, 2}
+    assert max(map(len, result.stdout.splitlines())) <= 80
     lines = [line.split() for line in result.stdout.splitlines()]
     [chosen] = [words for words in lines if words[-1:] == ["chosen"] and "±" in words]
     final = [row for row in table if row["round"] == "final"]
@@ -504,6 +505,9 @@ def test_fit_relaxes_as_often_as_asked(inside: Path, tmp_path: Path) -> None:
     done(*fit_arguments(inside, layer="auto", relax=3, train=4, out=out))
     kept = Intervention.from_pretrained(out).provenance
     assert {row["relax_steps"] for row in kept["selection"]["table"]} == {3}
+    assert kept["solver"]["max_evaluations"] == 20
+    message = refused(laai(*fit_arguments(inside, layer="auto", tolerance=1e-4, out=out)), 2)
+    assert "--tolerance 0.0001 is for a given --layer" in message
     message = refused(laai(*fit_arguments(inside, relax=3, preset="paper", out=out)), 2)
     assert "--preset paper sets" in message
 

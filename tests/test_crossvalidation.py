@@ -12,8 +12,9 @@ import torch
 from tl_laai.batches import FitProblem
 from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
 from tl_laai.distillation import Distillation, teach, weighed
+from tl_laai.evaluation import AnswerRow, Evaluation, evaluate
 from tl_laai.fitting import fit, fit_many, taught_problem
-from tl_laai.prompts import DEFAULT_TEMPLATE, tokenise
+from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
 from tl_laai.tasks import Example, cross_validation_folds
 
 WORDS = ("ab", "cde", "f", "gh", "ij", "klm", "n")
@@ -41,9 +42,11 @@ def search_on(model: Any, told: list[tuple[str, int, int]] | None = None) -> Cro
     )  # fmt: skip
 
 
-def held_out_scores(model: Any, deltas: Any, held_out: list[int]) -> tuple[float, float]:
+def held_out_scores(
+    model: Any, deltas: Any, held_out: list[int], template: PromptTemplate = DEFAULT_TEMPLATE
+) -> tuple[float, float]:
     """Loss and probability of the held-out answers by full forwards."""
-    asked = tokenise(model, [EXAMPLES[i] for i in held_out])
+    asked = tokenise(model, [EXAMPLES[i] for i in held_out], template=template)
     with torch.no_grad():
         losses = [oracle.loss(model, [example], deltas).item() for example in asked]
     wholes = [loss * len(e.answer) for loss, e in zip(losses, asked, strict=True)]
@@ -84,11 +87,28 @@ def test_scores_are_those_of_fits_made_fold_by_fold(
         check(row, *map(list, zip(*slow, strict=True)))
 
 
+def test_answers_are_those_of_each_folds_own_fit_to_what_it_was_not_fitted_on(model: Any) -> None:
+    search = search_on(model)
+    [row] = search.score("final", [Trial(3, 0.5)], 3, (5,))
+    found = search.answers(row)
+    slow: list[AnswerRow] = []
+    for held_out in FOLDS:
+        part = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
+        own = fit(model, part, layer=3, alpha=0.5, max_evaluations=EVALUATIONS, relax_steps=5)
+        asked = [EXAMPLES[i] for i in held_out]
+        slow += evaluate(model, asked, intervention=own.intervention).rows
+    assert [(r.input, r.prediction, r.correct) for r in found.rows] == [
+        (r.input, r.prediction, r.correct) for r in slow
+    ]
+    assert found.log_probability == pytest.approx(Evaluation(tuple(slow)).log_probability, rel=1e-6)
+
+
 def test_a_folds_teacher_reads_that_folds_training_part_alone(model: Any) -> None:
     grid = [Trial(1, 0.0, "distill", 0.2)]
     [row] = search_on(model).score("distilled", grid, 2, (3,))
     assert (row.objective, row.label_share) == ("distill", 0.2)
     inputs = ("m", "no", "pq")
+    endless = PromptTemplate(answer_end="")
     slow = []
     for held_out in FOLDS[:2]:
         part = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
@@ -97,7 +117,7 @@ def test_a_folds_teacher_reads_that_folds_training_part_alone(model: Any) -> Non
         )
         problem = taught_problem(FitProblem(part, 1, alpha=0.0), lesson)
         (own,) = fit_many(model, [problem], relax_steps=3)
-        slow.append(held_out_scores(model, own.intervention.deltas, held_out))
+        slow.append(held_out_scores(model, own.intervention.deltas, held_out, endless))
     check(row, *map(list, zip(*slow, strict=True)))
 
 

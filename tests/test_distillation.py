@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import oracle
@@ -12,10 +13,11 @@ import torch.nn.functional as F
 from tiny import tiny_model
 
 from tl_laai import distillation
-from tl_laai.distillation import Distillation, make_up_inputs, prepare, teach, teacher_scores
+from tl_laai.decoding import longest_answer
+from tl_laai.distillation import Distillation, ask_teacher, make_up_inputs, prepare, teach
 from tl_laai.fitting import fit
 from tl_laai.problems import engine_for
-from tl_laai.prompts import PromptTemplate, TaughtExample, tokenise
+from tl_laai.prompts import PromptTemplate, TaughtExample, decoded_answer, tokenise
 from tl_laai.tasks import Example, seeded_order
 
 TEMPLATE = PromptTemplate(text="{input}>", answer_prefix="", separator=";", answer_end=".")
@@ -62,18 +64,25 @@ def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
 
 
 @pytest.mark.parametrize("groups", [None, ("a", "b", "a")])
-def test_teacher_scores_are_plain_probabilities_after_the_others(model: Any, groups: Any) -> None:
-    wanted = []
-    for i, example in enumerate(SHOWN):
+def test_the_teacher_is_asked_each_example_after_the_others(model: Any, groups: Any) -> None:
+    words = dataclasses.replace(TEMPLATE, answer_end="")
+    newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    ends = (model.tokenizer.eos_token_id, newline)
+    longest = longest_answer(tokenise(model, SHOWN, template=words))
+    found = ask_teacher(model, SHOWN, template=TEMPLATE, groups=groups)
+    assert [(row.input, row.target) for row in found.rows] == [(e.input, e.output) for e in SHOWN]
+    for i, (example, row) in enumerate(zip(SHOWN, found.rows, strict=True)):
         own = groups or range(3)
         others = tuple(e for e, label in zip(SHOWN, own, strict=True) if label != own[i])
-        (tokens,) = tokenise(model, [example], template=TEMPLATE, demonstrations=others)
-        logits = asked(model, example.input, tokens.answer, others)
-        each = logits.softmax(dim=-1)[torch.arange(len(tokens.answer)), list(tokens.answer)]
-        wanted.append(each.prod())
-    found = teacher_scores(model, SHOWN, template=TEMPLATE, groups=groups)
-    # 5e-16 relative at most; probabilities are 1e-6 and less
-    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=0)
+        (tokens,) = tokenise(model, [example], template=words, demonstrations=others)
+        logits = asked(model, example.input, tokens.answer, others).log_softmax(dim=-1)
+        each = logits[torch.arange(len(tokens.answer)), list(tokens.answer)]
+        assert row.log_probability == pytest.approx(each.sum().item(), rel=1e-9)
+        prompt = list(tokens.prompt)
+        greedy = oracle.greedy_continuation(model, prompt, longest, ends.__contains__)
+        assert row.prediction == decoded_answer(model.tokenizer.decode(list(greedy)))
+    wholes = [math.exp(row.log_probability) for row in found.rows]
+    assert found.probability == pytest.approx(sum(wholes) / 3)
 
 
 def test_the_teachers_answer_is_its_greedy_one_with_the_end_of_an_answer(model: Any) -> None:

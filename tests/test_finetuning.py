@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from test_adapters import logits_of, slow_answer, slow_losses, state_of
-from tiny import N_CTX, tiny_hf, tiny_model
+from tiny import N_CTX, tiny_hf
 
 from tl_laai import finetuning
 from tl_laai.adapters import AdapterConfig, adapted
@@ -29,31 +28,17 @@ EXAMPLES = tuple(
 ASKED = (Example("op", "q"), Example("rstu", "vw"), Example("x", "yza"))
 
 
-@functools.cache
-def model_of(backend: str, family: str = "llama") -> Any:
-    """One tiny model for all tests: that they leave it as found is tested below."""
-    return oracle.run_once(tiny_model(backend, family))
-
-
 def trained(
     backend: str = "bridge", family: str = "llama", examples: Any = EXAMPLES, **options: Any
 ) -> FineTuned:
     defaults = {"learning_rate": 0.01, "steps": 1, "hf_model": tiny_hf(family)}
-    return fine_tune(model_of(backend, family), examples, **(defaults | options))
+    return fine_tune(oracle.shared_model(backend, family), examples, **(defaults | options))
 
 
 @functools.cache
 def tuned() -> FineTuned:
     """An adapter that answers otherwise than the model does."""
     return trained(learning_rate=0.02, steps=6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -63,7 +48,7 @@ def _one_thread() -> Iterator[None]:
 def test_an_adapter_that_was_hardly_trained_gives_the_rows_of_the_model_itself(
     backend: str, family: str, method: Any
 ) -> None:
-    model = model_of(backend, family)
+    model = oracle.shared_model(backend, family)
     got = trained(backend, family, method=method, learning_rate=1e-12).evaluate(ASKED)
     for row, expected in zip(got.rows, evaluate(model, ASKED).rows, strict=True):
         assert (row.input, row.target) == (expected.input, expected.target)
@@ -75,7 +60,7 @@ def test_an_adapter_that_was_hardly_trained_gives_the_rows_of_the_model_itself(
 def test_rows_of_an_adapter_are_those_of_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "ROWS_AT_ONCE", 2)
     got = tuned().evaluate(ASKED)
-    model = model_of("bridge")
+    model = oracle.shared_model("bridge", "llama")
     tokenised = tokenise(model, ASKED)
     with tuned().applied() as hf_model:
         for row, example in zip(got.rows, tokenised, strict=True):
@@ -95,7 +80,7 @@ def test_rows_of_an_adapter_are_those_of_one_by_one(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_the_first_loss_is_that_of_the_engine(method: Any) -> None:
-    model = model_of("bridge", "gemma")
+    model = oracle.shared_model("bridge", "gemma")
     got = trained(family="gemma", method=method)
     expected = oracle.loss(model, tokenise(model, EXAMPLES))
     assert got.losses[0] == pytest.approx(float(expected), rel=1e-9)
@@ -103,7 +88,7 @@ def test_the_first_loss_is_that_of_the_engine(method: Any) -> None:
 
 @pytest.mark.parametrize(("method", "n_parameters"), [("lora", 2688), ("ia3", 240)])
 def test_two_steps_are_those_of_a_loop_over_single_prompts(method: Any, n_parameters: int) -> None:
-    model = model_of("bridge")
+    model = oracle.shared_model("bridge", "llama")
     got = trained(method=method, steps=2)
     beta1, beta2, rate = 0.9, 0.999, 0.01
     with adapted(tiny_hf("llama"), AdapterConfig(method), 0) as hf_model:
@@ -158,7 +143,7 @@ def test_minibatches_take_every_example_once_an_epoch_in_a_seeded_order() -> Non
 
 def test_template_and_no_grad_of_the_caller_are_respected() -> None:
     template = PromptTemplate(text="{input}=", answer_prefix="")
-    model = model_of("bridge")
+    model = oracle.shared_model("bridge", "llama")
     with torch.no_grad():
         got = trained(template=template)
     expected = oracle.loss(model, tokenise(model, EXAMPLES, template=template))
@@ -167,7 +152,7 @@ def test_template_and_no_grad_of_the_caller_are_respected() -> None:
 
 
 def test_both_models_are_left_as_found(backend: str) -> None:
-    model, hf_model = model_of(backend), tiny_hf("llama")
+    model, hf_model = oracle.shared_model(backend, "llama"), tiny_hf("llama")
     before, plain = state_of(hf_model), logits_of(hf_model, [1, 5, 9])
     found = oracle.state_of(model)
     chosen = tune_fine_tuning(model, EXAMPLES, learning_rates=[0.01], steps=[1], hf_model=hf_model)
@@ -212,7 +197,7 @@ def test_settings_that_cannot_be_are_refused(options: Any, match: str) -> None:
 def test_a_model_that_has_adapters_or_sits_in_the_bridge_is_refused() -> None:
     hf_model = tiny_hf("llama")
     with pytest.raises(ValueError, match="the one inside the bridge"):
-        trained(hf_model=model_of("bridge", "llama").original_model)
+        trained(hf_model=oracle.shared_model("bridge", "llama").original_model)
     with (
         adapted(hf_model, AdapterConfig(), 0),
         pytest.raises(ValueError, match="already has adapters"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from test_adapters import slow_losses
-from test_finetuning import EXAMPLES, model_of, trained
+from test_finetuning import EXAMPLES, trained
 from tiny import tiny_hf
 
 from tl_laai import finetuning_selection
@@ -18,7 +19,7 @@ from tl_laai.tasks import cross_validation_folds
 
 
 def test_the_table_is_complete_and_the_choice_is_its_best_refitted() -> None:
-    model, hf_model = model_of("bridge"), tiny_hf("llama")
+    model, hf_model = oracle.shared_model("bridge", "llama"), tiny_hf("llama")
     options: Any = {"seed": 3, "hf_model": hf_model}
     chosen = tune_fine_tuning(
         model, EXAMPLES, learning_rates=[0.02, 0.001], steps=[3, 1, 3], n_folds=2, **options
@@ -60,7 +61,7 @@ def test_candidates_that_diverge_are_never_chosen(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(finetuning_selection, "_validation_scores", fake)
     chosen = tune_fine_tuning(
-        model_of("bridge"),
+        oracle.shared_model("bridge", "llama"),
         EXAMPLES,
         learning_rates=[0.01, 0.02],
         steps=[1],
@@ -80,4 +81,6 @@ def test_candidates_that_diverge_are_never_chosen(monkeypatch: pytest.MonkeyPatc
 )
 def test_grids_that_cannot_be_are_refused(examples: Any, options: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        tune_fine_tuning(model_of("bridge"), examples, hf_model=tiny_hf("llama"), **options)
+        tune_fine_tuning(
+            oracle.shared_model("bridge", "llama"), examples, hf_model=tiny_hf("llama"), **options
+        )

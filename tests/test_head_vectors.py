@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from methods_on_tiny import EXAMPLES, heads, model_of, tokens
+from methods_on_tiny import EXAMPLES, heads, tokens
 from torch import Tensor
 
 from tl_laai.controls import shuffled_answers
@@ -27,18 +27,7 @@ from tl_laai.tasks import cross_validation_folds
 @pytest.fixture
 def model(backend: str) -> Iterator[Any]:
     """On each backend the family with most to get wrong, left as found by every test."""
-    found = model_of(backend, "gemma")
-    before = oracle.state_of(found)
-    yield found
-    assert oracle.state_of(found) == before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    yield from oracle.watched(oracle.shared_model(backend, "gemma"))
 
 
 def slow_logits(known: Tensor, label: Tensor, asked: Tensor) -> Tensor:

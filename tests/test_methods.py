@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
-from methods_on_tiny import EXAMPLES, model_of, prompt_after, residual, tokens
+from methods_on_tiny import EXAMPLES, prompt_after, residual, tokens
 
 from tl_laai.controls import shuffled_answers
 from tl_laai.methods import (
@@ -30,7 +31,7 @@ def test_a_setting_names_what_is_set_and_nothing_else() -> None:
 
 
 def test_each_example_is_asked_after_all_the_others(backend: str) -> None:
-    model = model_of(backend, "llama")
+    model = oracle.shared_model(backend, "llama")
     shown = [*EXAMPLES[:1], *EXAMPLES[2:]]
     asked = leave_one_out(model, EXAMPLES, EXAMPLES)[1]
     assert asked.prompt == prompt_after(model, shown, EXAMPLES[1].input)
@@ -40,7 +41,7 @@ def test_each_example_is_asked_after_all_the_others(backend: str) -> None:
 
 
 def test_answers_are_read_at_their_last_token_behind_the_prompt(backend: str) -> None:
-    model = model_of(backend, "gemma")
+    model = oracle.shared_model(backend, "gemma")
     right, wrong = read_answers(model, EXAMPLES, 3)
     swapped = shuffled_answers(EXAMPLES, 3)
     for states, examples in ((right, EXAMPLES), (wrong, swapped)):
@@ -51,7 +52,7 @@ def test_answers_are_read_at_their_last_token_behind_the_prompt(backend: str) ->
 
 
 def test_texts_are_read_at_their_last_token(backend: str) -> None:
-    model = model_of(backend, "gpt2")
+    model = oracle.shared_model(backend, "gpt2")
     texts = [tokens(model, "abc"), tokens(model, "d")]
     for i, text in enumerate(texts):
         expected = residual(model, text, 1)
@@ -60,7 +61,7 @@ def test_texts_are_read_at_their_last_token(backend: str) -> None:
 
 
 def test_grids_fit_the_model(backend: str) -> None:
-    model = model_of(backend, "gemma")
+    model = oracle.shared_model(backend, "gemma")
     assert every_second(model, None) == (1, 3)
     assert every_second(model, (0, 2)) == (0, 2)
     assert possible_heads(model, (4, 16, 30)) == (4, 16)

@@ -10,12 +10,12 @@ from typing import Any
 
 import oracle
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_laai import selection
-from tl_laai.distillation import Distillation
+from tl_laai.distillation import Distillation, ask_teacher
+from tl_laai.evaluation import AnswerRow, Evaluation
 from tl_laai.fitting import fit
 from tl_laai.opinions import OptionExample
 from tl_laai.selection import Candidate, Selection, fit_auto
@@ -237,24 +237,40 @@ def test_a_choice_that_cannot_be_made_is_refused(
         fit_auto(model, options.pop("examples"), **options)
 
 
-@pytest.mark.parametrize("teacher", [0.0, 1.0])
+def answered(correct: float, probability: float) -> Evaluation:
+    """Ten answers, so many of them right, each of the same probability."""
+    right = [i < 10 * correct for i in range(10)]
+    return Evaluation(tuple(AnswerRow("", "", "", ok, math.log(probability)) for ok in right))
+
+
+def test_a_teacher_does_better_by_right_answers_and_then_by_their_probability() -> None:
+    labelled = answered(0.4, 0.5)
+    assert selection.does_better(answered(0.5, 0.1), labelled)
+    assert selection.does_better(answered(0.4, 0.6), labelled)
+    assert not selection.does_better(answered(0.3, 0.9), labelled)
+    assert not selection.does_better(labelled, labelled)
+
+
+@pytest.mark.parametrize("is_better", [False, True])
 def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels(
-    monkeypatch: pytest.MonkeyPatch, teacher: float
+    monkeypatch: pytest.MonkeyPatch, is_better: bool
 ) -> None:
     model = oracle.shared_model("bridge", "llama")
     settings = Distillation(inputs=("m", "no", "pq"))
     told: list[str] = []
-    probabilities = torch.full((len(EXAMPLES),), teacher)
-    monkeypatch.setattr(selection, "teacher_scores", lambda *_, **__: probabilities)
+    monkeypatch.setattr(selection, "does_better", lambda *_: is_better)
     chosen = fit_auto(
         model, EXAMPLES, layers=[0, 1], alphas=[0.5], n_folds=3, objectives=("answers", "distill"),
         distillation=settings, relax_steps=(3, 4), max_evaluations=3,
         progress=lambda name, *_: told.append(name),
     )  # fmt: skip
-    assert chosen.teacher == tuple(probabilities.tolist())
-    assert chosen.fit.intervention.provenance["selection"]["teacher"] == list(chosen.teacher)
+    assert chosen.teacher == ask_teacher(model, EXAMPLES)
+    assert chosen.held_out is not None
+    kept = chosen.fit.intervention.provenance["selection"]
+    assert kept["teacher"] == chosen.teacher.exact_match
+    assert kept["held_out"] == chosen.held_out.exact_match
     taught = [row for row in chosen.table if row.objective == "distill"]
-    if not teacher:
+    if not is_better:
         assert chosen.objective == "answers"
         assert not taught
         assert {"final", "refit"} == set(told)
@@ -273,7 +289,8 @@ def test_distillation_alone_asks_no_teacher_first() -> None:
         model, EXAMPLES, layers=[1], n_folds=2, objectives=["distill"], distillation=settings
     )
     assert alone.objective == "distill"
-    assert alone.teacher == ()
+    assert alone.teacher is None
+    assert alone.held_out is None
     recorded = alone.fit.intervention.provenance["objective"]
     assert recorded["inputs"] == ["m", "no", "pq"]
     assert recorded["label_share"] in selection.DISTILLED_SHARES

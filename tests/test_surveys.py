@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from tiny import tiny_model
 
 from tl_laai.decoding import Edit, option_log_probabilities
 from tl_laai.fitting import fit
@@ -36,14 +34,9 @@ SHOWN = (
 )
 
 
-@functools.cache
-def model_of(backend: str, family: str = "llama") -> Any:
-    return oracle.run_once(tiny_model(backend, family))
-
-
 @pytest.fixture
 def model(backend: str) -> Any:
-    return model_of(backend)
+    return oracle.shared_model(backend, "llama")
 
 
 def edits_of(model: Any) -> dict[str, Edit]:
@@ -118,7 +111,7 @@ def test_rows_are_those_of_plain_forwards_one_prompt_at_a_time(
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma", "neox"])
 def test_option_probabilities_are_those_of_the_whole_vocabulary(family: str) -> None:
-    model = model_of("bridge", family)
+    model = oracle.shared_model("bridge", family)
     examples = option_examples(QUESTIONS, n_orders=2, template=TEMPLATE)
     tokens = [tokenise_options(model, example) for example in examples]
     options = torch.full((len(examples), 5), -1)

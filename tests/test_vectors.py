@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from methods_on_tiny import EXAMPLES, heads, model_of, prompt_after, residual, tokens
+from methods_on_tiny import EXAMPLES, heads, prompt_after, residual, tokens
 
 from tl_laai.activations import last_token
 from tl_laai.controls import shuffled_answers
@@ -30,18 +30,7 @@ from tl_laai.vectors import (
 @pytest.fixture
 def model(backend: str) -> Iterator[Any]:
     """Plain residual wiring, left as found by every test."""
-    found = model_of(backend, "llama")
-    before = oracle.state_of(found)
-    yield found
-    assert oracle.state_of(found) == before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    yield from oracle.watched(oracle.shared_model(backend, "llama"))
 
 
 def others(i: int, examples: Any = EXAMPLES) -> list[Any]:

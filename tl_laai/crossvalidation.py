@@ -3,7 +3,8 @@
 Labelled answers are scored by their probability, the whole answer's, averaged over the held-out
 examples: the exact match to be expected if the model's answers were drawn instead of decoded. It
 follows exact match, but moves before an answer is right. The cross-entropy, told beside it,
-does not: one held-out answer of a probability near zero outweighs nine that are right. Opinion
+does not: one held-out answer of a probability near zero outweighs nine that are right. Of distilled
+fits the end of an answer is not scored, since teachers end answers in their own way. Opinion
 questions are scored by what they are fitted by, the KL from the group.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from tl_laai.batches import Fit, FitBatch, FitProblem
 from tl_laai.decoding import Edit
 from tl_laai.distillation import Distillation, Lesson, make_up_inputs, teach, weighed
-from tl_laai.evaluation import answer_scores
+from tl_laai.evaluation import AnswerRow, Evaluation, answer_scores, evaluate_edits
 from tl_laai.fitting import ObjectiveName, fit_many, taught_problem
 from tl_laai.hooking import Position
 from tl_laai.opinions import OptionExample
@@ -125,6 +126,7 @@ class CrossValidation:
     work: int = 0
     _done: int = 0
     _made_up: tuple[str, ...] = ()
+    _deltas: dict[Candidate, Tensor] = field(default_factory=dict)
 
     def tell(self, name: str, evaluations: int) -> None:
         """Count work that was done, and tell of it."""
@@ -192,24 +194,24 @@ class CrossValidation:
             scores = -losses if probabilities is None else probabilities
             heads = (own.norm(dim=-1) > 0).sum(-1).double().cpu()
             for i, trial in enumerate(grid):
-                candidates.append(
-                    Candidate(
-                        layer=trial.layer,
-                        alpha=trial.alpha,
-                        round=name,
-                        validation_loss=float(losses[i].mean()),
-                        standard_error=float(losses[i].std(correction=1) / len(folds) ** 0.5),
-                        validation_probability=(
-                            None if probabilities is None else float(probabilities[i].mean())
-                        ),
-                        n_heads=float(heads[i].mean()),
-                        fold_losses=tuple(losses[i].tolist()),
-                        fold_scores=tuple(scores[i].tolist()),
-                        objective=trial.objective,
-                        label_share=trial.label_share,
-                        relax_steps=steps,
-                    )
+                candidate = Candidate(
+                    layer=trial.layer,
+                    alpha=trial.alpha,
+                    round=name,
+                    validation_loss=float(losses[i].mean()),
+                    standard_error=float(losses[i].std(correction=1) / len(folds) ** 0.5),
+                    validation_probability=(
+                        None if probabilities is None else float(probabilities[i].mean())
+                    ),
+                    n_heads=float(heads[i].mean()),
+                    fold_losses=tuple(losses[i].tolist()),
+                    fold_scores=tuple(scores[i].tolist()),
+                    objective=trial.objective,
+                    label_share=trial.label_share,
+                    relax_steps=steps,
                 )
+                self._deltas[candidate] = own[i]
+                candidates.append(candidate)
         return candidates
 
     def cost(
@@ -242,6 +244,8 @@ class CrossValidation:
             everyone = torch.arange(len(flat), device=flat.device)
             losses = validation.losses(flat, everyone).double().cpu()
             return losses.view(len(grid), len(asked)), None
+        is_taught = any(trial.objective == "distill" for trial in grid)
+        template = replace(self.template, answer_end="") if is_taught else self.template
         loss, probability = [], []
         for k, part in enumerate(asked):
             edits = [
@@ -249,10 +253,19 @@ class CrossValidation:
                 for trial, own in zip(grid, deltas[:, k], strict=True)
             ]
             labelled = cast("Sequence[Example]", part)
-            found = answer_scores(self.model, labelled, edits, template=self.template)
+            found = answer_scores(self.model, labelled, edits, template=template)
             loss.append(found[0].mean(dim=1))
             probability.append(found[1].mean(dim=1))
         return torch.stack(loss, dim=1), torch.stack(probability, dim=1)
+
+    def answers(self, candidate: Candidate) -> Evaluation:
+        """How each fold's fit of a candidate answers the examples that were held out from it."""
+        rows: list[AnswerRow] = []
+        for own, part in zip(self._deltas[candidate], self.folds, strict=False):
+            asked = cast("Sequence[Example]", [self.examples[i] for i in part])
+            edits = {"it": Edit({candidate.layer: own}, self.position)}
+            rows += evaluate_edits(self.model, asked, edits, template=self.template)["it"].rows
+        return Evaluation(tuple(rows))
 
     def _lessons(
         self, known: Sequence[Sequence[FitExample]], shares: set[float]

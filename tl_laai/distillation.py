@@ -17,7 +17,7 @@ why it can be mixed with the labelled answers (`Distillation.label_share`).
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
+from tl_laai.evaluation import Evaluation, answer_rows
 from tl_laai.objectives import mean_distribution
 from tl_laai.prefix import Packing, freeze, last_residual, run
 from tl_laai.prompts import (
@@ -241,20 +242,22 @@ def teach(
     )
 
 
-def teacher_scores(
+def ask_teacher(
     model: Any,
     examples: Sequence[Example],
     *,
     template: PromptTemplate = DEFAULT_TEMPLATE,
     groups: Sequence[Hashable] | None = None,
-) -> Float[Tensor, " n_examples"]:
-    """Probability of each labelled answer after the other examples: how good a teacher would be.
+) -> Evaluation:
+    """Ask each labelled example after the others: how good a teacher would be.
 
-    A distilled fit comes near to its teacher, and asking the teacher costs one forward an example.
+    A distilled fit comes near to its teacher, and asking costs one answer an example.
+    `template.answer_end` is not scored: a teacher ends answers as its demonstrations end, for
+    instance with an empty line instead of a newline.
 
     Example:
-        >>> teacher_scores(model, split.train).mean()  # doctest: +SKIP
-        tensor(0.4312, dtype=torch.float64)
+        >>> ask_teacher(model, split.train).exact_match  # doctest: +SKIP
+        0.4
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`; left as found.
@@ -264,14 +267,18 @@ def teacher_scores(
             by itself.
 
     Returns:
-        Of the whole answer, `[n_examples]`.
+        One row an example.
     """
     labels = list(range(len(examples))) if groups is None else list(groups)
+    words = replace(template, answer_end="")
     asked: list[TokenisedExample] = []
     for example, label in zip(examples, labels, strict=True):
         shown = [e for e, other in zip(examples, labels, strict=True) if other != label]
-        asked += tokenise(model, [example], template=template, demonstrations=shown)
-    return answer_log_probabilities(freeze(model, asked), [Edit()])[0].exp()
+        asked += tokenise(model, [example], template=words, demonstrations=shown)
+    prompts = freeze(model, asked)
+    (answers,) = decode(prompts, [Edit()], max_new_tokens=longest_answer(asked))
+    scores = answer_log_probabilities(prompts, [Edit()])[0].tolist()
+    return Evaluation(tuple(answer_rows(model, examples, answers, scores)))
 
 
 def make_up_inputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,6 +61,11 @@ class Evaluation:
     def log_probability(self) -> float:
         """Mean log-probability of the target answers, in nats."""
         return sum(row.log_probability for row in self.rows) / len(self.rows)
+
+    @property
+    def probability(self) -> float:
+        """Mean probability of the target answers: what exact match would be of drawn answers."""
+        return sum(math.exp(row.log_probability) for row in self.rows) / len(self.rows)
 
     def to_dict(self, *, rows: bool = False) -> dict[str, Any]:
         """Figures for scripts, with the rows if asked for."""

@@ -45,6 +45,8 @@ Preset = Literal["paper", "relaxed", "distill"]
 # Layer, penalty and steps are those that did well on other splits than the one shown.
 DEMO_MODEL, DEMO_TASK, DEMO_LAYER = "gemma-3-270m", "country-capital", 9
 DEMO_ALPHA, DEMO_RELAX = 0.9, 30
+# Of a fit at a given layer and penalty.
+DEFAULT_EVALUATIONS, DEFAULT_TOLERANCE = 150, 1e-3
 
 
 def demo(
@@ -119,8 +121,11 @@ def fit(
         float, typer.Option(min=0, help="Weight of the labels when distilling; auto: validated.")
     ] = 0.0,
     solver: Annotated[Solver, typer.Option(help="Only proximal makes exact zeros.")] = "proximal",
-    max_evaluations: Annotated[int, typer.Option(min=1, help="At most; adam's steps.")] = 150,
-    tolerance: Annotated[float, typer.Option(help="Of stationarity.")] = 1e-3,
+    max_evaluations: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most; adam's steps: 150, and fewer where auto chooses."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Of stationarity.")] = DEFAULT_TOLERANCE,
     learning_rate: Annotated[float, typer.Option(help="Of adam and --relax.")] = 0.1,
     relax: Annotated[
         int | None,
@@ -168,17 +173,23 @@ def fit(
             f"{chosen} chooses among --alpha penalties, with the proximal solver: give --layer a "
             "number, and --objective answers or distill"
         )
+    if by_validation and tolerance != DEFAULT_TOLERANCE:
+        raise ValueError(
+            f"--tolerance {tolerance} is for a given --layer and penalty: fits that are chosen "
+            "among are stopped by --max-evaluations"
+        )
     loaded = load(model, backend)
     known = record(model, backend, data)
     if by_validation:
         fitted = _fit_auto(
             loaded, data.train, fixed, alphas, known, l1_ratio=l1_ratio, position=position,
             template=prompt, objective=objective, distillation=distillation, relax=relax,
-            learning_rate=learning_rate, quiet=json,
+            max_evaluations=max_evaluations, learning_rate=learning_rate, quiet=json,
         )  # fmt: skip
     else:
         title = f"Fitting layer {layer} on {train} examples"
-        with display.solver_bar(title, max_evaluations + (relax + 1 if relax else 0)) as bar:
+        limit = max_evaluations or DEFAULT_EVALUATIONS
+        with display.solver_bar(title, limit + (relax + 1 if relax else 0)) as bar:
             fitted = fit_one(
                 loaded,
                 data.train,
@@ -192,7 +203,7 @@ def fit(
                 template=prompt,
                 solver=solver,
                 tolerance=tolerance,
-                max_evaluations=max_evaluations,
+                max_evaluations=limit,
                 learning_rate=learning_rate,
                 relax_steps=relax or 0,
                 provenance=known,
@@ -278,6 +289,7 @@ def _fit_auto(
     objective: Objective,
     distillation: Distillation | None,
     relax: int | None,
+    max_evaluations: int | None,
     learning_rate: float,
     quiet: bool,
 ) -> Fit:
@@ -295,6 +307,7 @@ def _fit_auto(
             objectives=("answers", "distill") if objective == "auto" else (objective,),
             distillation=distillation,
             relax_steps=steps,
+            max_evaluations=max_evaluations,
             learning_rate=learning_rate,
             position=position,
             template=template,
@@ -313,7 +326,7 @@ def _fit_auto(
                 str(c.layer),
                 f"{c.alpha:g}",
                 str(c.relax_steps or "-"),
-                c.objective + (f", {c.label_share:g} labels" if c.label_share else ""),
+                c.objective + (f" + {c.label_share:g}" if c.label_share else ""),
                 f"{c.score():.1%}",
                 f"{c.validation_loss:.3f} ± {c.standard_error:.3f}",
                 f"{c.n_heads:.1f}",
@@ -322,14 +335,14 @@ def _fit_auto(
             for c in best.values()
         ]
         columns = (
-            "layer", "alpha", "relaxed", "objective", "held-out p", "loss (nats)", "heads", "",
+            "layer", "alpha", "relaxed", "objective", "held-out p", "loss", "heads", "",
         )  # fmt: skip
         display.show(display.text_table(columns, cells))
-        if chosen.teacher:
-            share = sum(chosen.teacher) / len(chosen.teacher)
+        if chosen.held_out is not None and chosen.teacher is not None:
             display.say(
-                f"Each example asked after the others, the model gives its answer {share:.1%}: "
-                f"fitted on {'its few-shot answers' if chosen.objective == 'distill' else 'labels'}"
+                f"Of {chosen.teacher.n} examples held out, fits on labels answer "
+                f"{chosen.held_out.exact_match:.0%} right, the few-shot prompt "
+                f"{chosen.teacher.exact_match:.0%}: chosen is {chosen.objective}."
             )
     return chosen.fit
 

@@ -5,9 +5,11 @@ not neighbours go on to every penalty and number of steps. What is compared is t
 `tl_laai.crossvalidation`.
 
 Distillation (`tl_laai.distillation`) is taken where the teacher itself, asked each example after
-the others, does better than the best fit on held-out answers. Distilled fits on folds would say
-less: their teachers read few examples, and they are tried on few inputs. Among distilled fits
-folds decide, and each fold's teacher reads that fold's training part alone.
+the others, answers more of them right than the best fit on labels does of those held out from it;
+where both are level, the answers' probability decides, which alone would not do: fits are sure of
+their answers, teachers are not. Distilled fits on folds would say less: their teachers read few
+examples, and they are tried on few inputs. Among distilled fits folds decide, and each fold's
+teacher reads that fold's training part alone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from typing import Any, cast
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit
 from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
-from tl_laai.distillation import Distillation, NothingTaughtError, teacher_scores
+from tl_laai.distillation import Distillation, NothingTaughtError, ask_teacher
+from tl_laai.evaluation import Evaluation
 from tl_laai.fitting import ObjectiveName
 from tl_laai.hooking import Position
 from tl_laai.opinions import OptionExample
@@ -78,13 +81,15 @@ class Selection:
         fit: refitted on all examples with the chosen setting.
         table: every candidate of all rounds.
         candidate: the row of the table that was chosen.
-        teacher: probability of each example's answer after the others, where it was asked for.
+        held_out: how the best fits on labels answered what was held out; None for opinions.
+        teacher: how the model answers each example after the others, where distilling is a choice.
     """
 
     fit: Fit
     table: tuple[Candidate, ...]
     candidate: Candidate
-    teacher: tuple[float, ...] = ()
+    held_out: Evaluation | None = None
+    teacher: Evaluation | None = None
 
     @property
     def layer(self) -> int:
@@ -141,8 +146,8 @@ def fit_auto(
         relax_steps: candidate numbers of steps of the relaxed fit (`tl_laai.relaxation`), all of
             them scored along one run; None for `RELAX_STEPS`, and `DISTILLED_STEPS` where
             distilling; empty for the penalised fits themselves.
-        objectives: `answers`, `distill`, or both: distilled where the few-shot prompt gives
-            held-out answers a higher probability than the best fit on labels.
+        objectives: `answers`, `distill`, or both: distilled where the few-shot prompt answers
+            more of the examples right, held out, than the best fit on labels.
         distillation: of `distill`; its `label_share` is chosen too, unless it is above 0.
         groups: a label an example: those with the same label are held out together. None holds
             out prompts that ask the same opinion question together, all else one by one.
@@ -227,11 +232,15 @@ def fit_auto(
         table += final
         final = _best_first(final)
         ranked, best = list(dict.fromkeys(c.layer for c in final)), final[0]
-    teacher: tuple[float, ...] = ()
-    if best is not None and n_taught:
+    held_out = teacher = None
+    if best is not None and all(isinstance(example, Example) for example in examples):
+        held_out = search.answers(best)
+    is_taught = bool(n_taught)
+    if held_out is not None and n_taught:
         known = cast("Sequence[Example]", examples)
-        teacher = tuple(teacher_scores(model, known, template=template, groups=labels).tolist())
-    if n_taught and (best is None or sum(teacher) / len(teacher) > best.score()):
+        teacher = ask_teacher(model, known, template=template, groups=labels)
+        is_taught = does_better(teacher, held_out)
+    if is_taught:
         try:
             distilled = search.score("distilled", taught(ranked), DISTILLED_FOLDS, taught_steps)
             table += distilled
@@ -247,10 +256,17 @@ def fit_auto(
             "folds": len(folds),
             "seed": seed,
             "table": [_as_json(candidate) for candidate in table],
-            "teacher": [_plain(probability) for probability in teacher],
+            "held_out": None if held_out is None else held_out.exact_match,
+            "teacher": None if teacher is None else teacher.exact_match,
         },
     }
-    return Selection(search.refit(best, origin), tuple(table), best, teacher)
+    return Selection(search.refit(best, origin), tuple(table), best, held_out, teacher)
+
+
+def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
+    """Whether a teacher answered held-out examples better than fits on labels did."""
+    scores = [(e.exact_match, e.probability) for e in (teacher, labelled)]
+    return scores[0] > scores[1]
 
 
 def _best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
