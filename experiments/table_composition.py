@@ -27,6 +27,7 @@ from tables import (
     percent,
     resume,
     search,
+    seeds_of,
     source,
 )
 
@@ -48,12 +49,18 @@ PARTS = {
 
 
 def composed(name: str) -> Any:
-    """The composed task from a folder beside the checkout; else its first part, capitalised."""
+    """The composed task from a folder beside the checkout; else its first part, capitalised.
+
+    Raises:
+        ValueError: there is no such folder, and the second part is not capitalisation.
+    """
     from tl_laai.tasks import Example, Task
 
     path = COMPOSED / f"{name}.json"
     if path.is_file():
         return Task.from_json(path)
+    if PARTS[name][1] != "capitalize":
+        raise ValueError(f"task {name!r} needs {path}; name others, see --help")
     [first] = tasks([PARTS[name][0]])
     examples = tuple(Example(e.input, e.output[:1].upper() + e.output[1:]) for e in first.examples)
     return replace(first, name=name, examples=examples)
@@ -137,6 +144,7 @@ def show(rows: list[Row]) -> None:
         ]  # fmt: skip
         print(f"\n{name}: weight of the first part down, of the second across\n")
         print(markdown(["", *(f"{b:g}" for b in STRENGTHS)], cells))
+    print(seeds_of(rows))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from tables import (
     percent,
     resume,
     search,
+    seeds_of,
     source,
 )
 
@@ -97,6 +98,7 @@ def show(rows: list[Row]) -> None:
         ]
         print(f"{task}, exact match in %\n")
         print(markdown(["training examples", *map(str, sizes)], lines) + "\n")
+    print(seeds_of(rows))
 
 
 def main() -> None:

@@ -123,9 +123,11 @@ def show(rows: list[Row], measure: str) -> None:
         lines.append([method, *(f"{i.difference:.3f} {_between(i)}" for i in cells)])
     print(markdown([f"{measure}, held out", *groups], lines))
     lines = []
-    for other in (method for method in found if method != "fitted"):
-        cells = [_interval(found["fitted"][g], found[other][g], measure) for g in groups]
-        lines.append([f"fitted - {other}", *(f"{i.difference:+.3f} {_between(i)}" for i in cells)])
+    for ours in ("fitted", "fitted on 8"):
+        for other in (method for method in found if method != ours):
+            cells = [_interval(found[ours][g], found[other][g], measure) for g in groups]
+            own = (f"{i.difference:+.3f} {_between(i)}" for i in cells)
+            lines.append([f"{ours} - {other}", *own])
     print("\n" + markdown(["difference", *groups], lines))
     print(f"\nSeeds {sorted({row['seed'] for row in rows})}; intervals over questions.")
 

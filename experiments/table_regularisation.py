@@ -25,6 +25,7 @@ from tables import (
     percent,
     resume,
     search,
+    seeds_of,
     source,
 )
 
@@ -98,6 +99,7 @@ def show(rows: list[Row]) -> None:
             ]
         )
     print(markdown(["exact match, %", *names, "mean", "heads", "zeros, %"], lines))
+    print(seeds_of(rows))
 
 
 def main() -> None:

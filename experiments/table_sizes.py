@@ -25,6 +25,7 @@ from tables import (
     percent,
     resume,
     search,
+    seeds_of,
     source,
 )
 
@@ -83,6 +84,7 @@ def show(rows: list[Row]) -> None:
             cells = [percent(own[name]) if name in own else "-" for name in names]
             lines.append([model, method, *cells])
     print(markdown(["exact match, %", "", *names], lines))
+    print(seeds_of(rows))
 
 
 def main() -> None:

@@ -81,18 +81,20 @@ def by_method(rows: Sequence[Row], column: str) -> dict[str, dict[str, list[Row]
     return found
 
 
-def interval(scores: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Mean and 95 % interval of scores in groups (a fit each): groups resampled, then examples."""
-    flat = [float(x) for own in scores for x in own]
-    groups = [i for i, own in enumerate(scores) for _ in own]
-    found = paired_bootstrap(flat, [0.0] * len(flat), groups)
-    return found.difference, found.low, found.high
+def percent(rows: Sequence[Row], by: str | None = None) -> str:
+    """Mean exact match with its 95 % interval.
+
+    Args:
+        rows: a fit each.
+        by: the column whose values are drawn first, then examples; None draws fits first.
+    """
+    scores = [float(x) for row in rows for x in row["correct"]]
+    it = paired_bootstrap(scores, [0.0] * len(scores), _drawn_together(rows, by))
+    return f"{100 * it.difference:.0f} ({100 * it.low:.0f} to {100 * it.high:.0f})"
 
 
-def percent(rows: Sequence[Row]) -> str:
-    """Mean exact match with its interval over fits and examples."""
-    mean, low, high = interval([row["correct"] for row in rows])
-    return f"{100 * mean:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+def _drawn_together(rows: Sequence[Row], by: str | None) -> list[Any]:
+    return [i if by is None else row[by] for i, row in enumerate(rows) for _ in row["correct"]]
 
 
 def average(numbers: Sequence[float]) -> str:
@@ -108,15 +110,20 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def difference(ours: Mapping[Any, Row], theirs: Mapping[Any, Row]) -> str:
-    """Mean difference of exact match in points over the fits that both have, with interval."""
+def difference(ours: Mapping[Any, Row], theirs: Mapping[Any, Row], by: str | None = None) -> str:
+    """Mean difference of exact match in points over the fits that both have, as `percent`."""
     shared = sorted(ours.keys() & theirs.keys())
-    pairs = [(ours[key]["correct"], theirs[key]["correct"]) for key in shared]
-    a = [x for own, _ in pairs for x in own]
-    b = [x for _, other in pairs for x in other]
-    groups = [i for i, (own, _) in enumerate(pairs) for _ in own]
-    found = paired_bootstrap(a, b, groups)
-    return f"{100 * found.difference:+.0f} ({100 * found.low:+.0f} to {100 * found.high:+.0f})"
+    a, b = ([x for key in shared for x in rows[key]["correct"]] for rows in (ours, theirs))
+    it = paired_bootstrap(a, b, _drawn_together([ours[key] for key in shared], by))
+    return f"{100 * it.difference:+.0f} ({100 * it.low:+.0f} to {100 * it.high:+.0f})"
+
+
+def seeds_of(rows: Sequence[Row]) -> str:
+    """Which seeds have run, and what the intervals are over."""
+    return (
+        f"\nSeeds {sorted({row['seed'] for row in rows})}; in brackets 95 % bootstrap intervals "
+        "over fits, then their examples."
+    )
 
 
 def source(task: Any) -> Row:

@@ -508,6 +508,10 @@ def test_fit_relaxes_as_often_as_asked(inside: Path, tmp_path: Path) -> None:
     assert kept["solver"]["max_evaluations"] == 20
     message = refused(laai(*fit_arguments(inside, layer="auto", tolerance=1e-4, out=out)), 2)
     assert "--tolerance 0.0001 is for a given --layer" in message
+    done(*fit_arguments(inside, preset="relaxed", alpha=0.5, train=4, seed=3, out=out))
+    kept = Intervention.from_pretrained(out).provenance
+    assert {row["relax_steps"] for row in kept["selection"]["table"]} == set(selection.RELAX_STEPS)
+    assert kept["selection"]["seed"] == 3
     message = refused(laai(*fit_arguments(inside, relax=3, preset="paper", out=out)), 2)
     assert "--preset paper sets" in message
 

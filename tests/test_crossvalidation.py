@@ -137,6 +137,14 @@ def test_the_work_told_is_the_cost_foretold(model: Any) -> None:
     assert done[-1] <= search.work
 
 
+def test_fits_that_diverge_have_no_score(model: Any) -> None:
+    search = search_on(model)
+    search.learning_rate = 1e300
+    rows = search.score("final", [Trial(1, 0.0)], 2, (2, 3))
+    assert [row.relax_steps for row in rows] == [2, 3]
+    assert all(row.score() == -math.inf for row in rows)
+
+
 def test_a_score_that_is_no_number_is_the_lowest() -> None:
     rows = [
         Candidate(1, 0.5, "final", 1.0, 0.1, score, 1.0, (1.0, 1.0), (score, 0.5))

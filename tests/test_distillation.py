@@ -123,6 +123,18 @@ def test_made_up_inputs_are_new_repeatable_and_cut_where_the_template_goes_on(mo
     assert make_up_inputs(model, SHOWN, 0, template=TEMPLATE) == ()
 
 
+def test_made_up_inputs_end_where_all_of_the_template_goes_on(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ("water to me: x", "tea to you", "\nx", "at")
+    answers = [tuple(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
+    monkeypatch.setattr(distillation, "decode", lambda *_, **__: (answers,))
+    template = PromptTemplate("{input} to me:", separator=";")
+    assert make_up_inputs(model, SHOWN, 4, template=template) == ("water", "tea to you", "at")
+    with pytest.raises(ValueError, match=r"template has \{input\} 2 times"):
+        make_up_inputs(model, SHOWN, 4, template=PromptTemplate("{input} or {input}"))
+
+
 def test_shares_of_labels_and_teacher_are_their_weights(model: Any) -> None:
     settings = Distillation(inputs=INPUTS, label_share=0.25)
     lesson = prepare(model, SHOWN, settings, template=TEMPLATE)

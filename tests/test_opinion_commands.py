@@ -81,6 +81,10 @@ def test_opinions_choose_a_layer_by_cross_validation_over_questions(poll: Path) 
     [
         (("--group", "Whig"), "group must be one of ['Democrat', 'Independent', 'Republican'"),
         (("--group", "65+", "--train", 19), "--train 19 leaves 1 to hold out; give fewer"),
+        (
+            ("--group", "65+", "--layer", 1, "--alpha", 0.5, "--learning-rate", 0.1),
+            "--learning-rate is adam's, and --alpha is solved by proximal gradient",
+        ),
         (("--group", "65+", "--layer", "x"), "--layer holds 'x'; give a number from 0, or auto"),
     ],
 )

@@ -31,10 +31,10 @@ def test_json_lines_are_read_by_group(tmp_path: Path) -> None:
         {**ROW, "id": "t", "n": 12, "attribute": "everyone"},
         {**ROW, "group": "some", "distribution": [1, 0]},
         "",
-        {**ROW, "question": "Sea?", "distribution": [0.33, 0.66]},
+        {**ROW, "id": None, "question": "Sea?", "distribution": [0.33, 0.66]},
     )
     task = OpinionTask.from_jsonl(path, group="all")
-    assert [q.id for q in task.questions] == ["t", "Q2"]
+    assert [q.id for q in task.questions] == ["t", "Q2"]  # no id, null and "" are all none
     assert task.questions[0].distribution == (0.25, 0.75)
     assert task.questions[1].distribution == pytest.approx((1 / 3, 2 / 3))
     assert OpinionTask.from_jsonl(path, group="some").questions[0].distribution == (1.0, 0.0)
@@ -58,6 +58,7 @@ def test_json_lines_are_read_by_group(tmp_path: Path) -> None:
         ({**ROW, "options": "yes"}, "options must be a list"),
         ({**ROW, "options": ["yes", 2]}, "options must be text, got 2"),
         ({**ROW, "question": ""}, "question must not be empty"),
+        ({**ROW, "question": "Other?", "id": "Q1"}, "id 'Q1' is also that of 'Tea\\?'"),
     ],
 )
 def test_a_bad_line_is_blamed_by_file_and_number(tmp_path: Path, row: Any, message: str) -> None:
@@ -182,6 +183,29 @@ def test_global_opinions_are_read_by_country() -> None:
     [question] = without.questions  # of the other question only refusals are left
     assert question.options == ("yes", "no, don't")
     assert question.distribution == pytest.approx((4 / 9, 5 / 9))
+
+
+@pytest.mark.parametrize(
+    ("option", "is_refusal"),
+    [
+        ("Don\u2019t know", True),
+        ("(Don't know/Refused)", True),
+        ("DK", True),
+        ("Not sure/refused", True),
+        ("Refused to answer", True),
+        ("No answer or not asked", True),
+        ("Prefer not to answer", True),
+        ("Declined a lot", False),
+        ("Missing work", False),
+        ("Refuse to obey", False),
+        ("Don't know him", False),
+        ("No", False),
+    ],
+)
+def test_only_options_that_say_nothing_else_are_refusals(option: str, is_refusal: bool) -> None:
+    rows = global_rows(options=str(["yes", option, "no"]))
+    task = OpinionTask.from_global_opinions(rows, group="Kenya", drop_refusals=True)
+    assert (option not in task.questions[0].options) == is_refusal
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,14 @@ def test_a_task_file_that_has_changed_is_refused_unless_it_is_given(tmp_path: Pa
     assert not recorded_data(provenance, task=str(file)).origin_known
 
 
+def test_a_task_that_came_from_no_file_has_to_be_given_again() -> None:
+    made = Task("made", COUNTRIES.examples[:20], source="in a notebook")
+    provenance = record("gpt2", "auto", draw(made))
+    assert provenance["task"]["source"] is None
+    with pytest.raises(ValueError, match="does not record its task; give --task"):
+        recorded_data(provenance)
+
+
 @pytest.mark.parametrize(
     "provenance", [{}, {"task": "a text"}, {"operation": "add", "parts": [{}, {}]}]
 )

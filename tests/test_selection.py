@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_laai import selection
+from tl_laai.batches import NonFiniteError
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import AnswerRow, Evaluation
 from tl_laai.fitting import fit
@@ -300,6 +301,12 @@ def test_finalists_are_not_neighbours_while_there_are_others() -> None:
     assert selection._apart([4, 3, 5, 8, 7, 1], 3.0) == [4, 8, 1, 3, 5, 7]
     assert selection._apart([1, 0, 2], 0.5) == [1, 0, 2]
     assert selection._apart([], 3.0) == []
+
+
+def test_a_choice_among_fits_that_all_diverge_is_refused(model: Any) -> None:
+    options: Any = {"layers": [1], "alphas": [0.0], "relax_steps": (2,), "n_folds": 2}
+    with pytest.raises(NonFiniteError, match=r"learning_rate is 1e\+300: no candidate has"):
+        fit_auto(model, EXAMPLES, learning_rate=1e300, **options)
 
 
 def test_objectives_that_cannot_be_are_refused() -> None:

@@ -190,7 +190,12 @@ class CrossValidation:
         candidates = []
         for steps, deltas in found.items():
             own = deltas.unflatten(0, (len(grid), len(folds)))
+            diverged = ~own.isfinite().flatten(2).all(dim=-1).cpu()
+            own = own.nan_to_num()
             losses, probabilities = self._held_out(grid, own, asked)
+            losses = losses.masked_fill(diverged, math.nan)
+            if probabilities is not None:
+                probabilities = probabilities.masked_fill(diverged, math.nan)
             scores = -losses if probabilities is None else probabilities
             heads = (own.norm(dim=-1) > 0).sum(-1).double().cpu()
             for i, trial in enumerate(grid):

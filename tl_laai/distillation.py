@@ -309,8 +309,13 @@ def make_up_inputs(
         NothingTaughtError: the model made up none.
     """
     mark = "\0"
-    opening, closing = template.render(mark, demonstrations).split(mark)
-    closing = closing.strip(" ")[:1]  # a line's end, or whatever the template goes on with
+    opening, *closings = template.render(mark, demonstrations).split(mark)
+    if len(closings) != 1:
+        raise ValueError(
+            f"template has {{input}} {len(closings)} times: where an input that the model makes up "
+            "would end is not known. Give inputs of your own."
+        )
+    closing = closings[0].split("\n", 1)[0].strip()  # what the template goes on with in the line
     (prompt,) = tokenise_prompts(model, [opening.rstrip(" ")])
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -323,7 +328,7 @@ def make_up_inputs(
         (samples,) = decode(prompts, [Edit()], max_new_tokens=_LONGEST_INPUT, generator=generator)
         for sample in samples:
             text = model.tokenizer.decode(list(sample)).split("\n", 1)[0]
-            if closing.strip():
+            if closing:
                 text = text.split(closing, 1)[0]
             elif len(sample) == _LONGEST_INPUT:
                 continue  # cut off

@@ -1,6 +1,7 @@
 """Learning rate and steps of fine-tuning, chosen by cross-validation inside the given examples.
 
-The score and the folds are those of `selection.fit_auto`: the probability of held-out answers.
+The score is that of `selection.fit_auto`, the probability of held-out answers, and so are the folds
+of the same number and seed.
 """
 
 from __future__ import annotations
@@ -76,8 +77,7 @@ def tune_fine_tuning(
 ) -> FineTuningSelection:
     """Train with learning rate and number of steps chosen by k-fold cross-validation.
 
-    All numbers of steps are scored along one run, so only learning rates cost more. The score
-    and the folds are those of `selection.fit_auto`: the probability of held-out answers.
+    All numbers of steps are scored along one run, so only learning rates cost more.
 
     Example:
         >>> chosen = tune_fine_tuning(model, split.train)  # doctest: +SKIP

@@ -165,7 +165,8 @@ def fit(
     weights, alphas = _penalty(penalty, group, l1, alpha)
     prompt = DEFAULT_TEMPLATE if template is None else PromptTemplate(newlines(template))
     fixed = None if layer == "auto" else _layer(layer)
-    by_validation = fixed is None or alphas is None or objective == "auto"
+    # Of a relaxed fit at a given layer and penalty, the steps are still to be chosen.
+    by_validation = fixed is None or alphas is None or objective == "auto" or preset == "relaxed"
     distillation = _distillation(objective, inputs, label_share, seed)
     if by_validation and (weights is not None or solver == "adam"):
         chosen = "--objective auto" if objective == "auto" else "--layer auto"
@@ -184,7 +185,7 @@ def fit(
         fitted = _fit_auto(
             loaded, data.train, fixed, alphas, known, l1_ratio=l1_ratio, position=position,
             template=prompt, objective=objective, distillation=distillation, relax=relax,
-            max_evaluations=max_evaluations, learning_rate=learning_rate, quiet=json,
+            max_evaluations=max_evaluations, learning_rate=learning_rate, seed=seed, quiet=json,
         )  # fmt: skip
     else:
         title = f"Fitting layer {layer} on {train} examples"
@@ -291,6 +292,7 @@ def _fit_auto(
     relax: int | None,
     max_evaluations: int | None,
     learning_rate: float,
+    seed: int,
     quiet: bool,
 ) -> Fit:
     """Choose by cross-validation, show the finalists, and return the refitted choice."""
@@ -309,6 +311,7 @@ def _fit_auto(
             relax_steps=steps,
             max_evaluations=max_evaluations,
             learning_rate=learning_rate,
+            seed=seed,
             position=position,
             template=template,
             provenance=provenance,

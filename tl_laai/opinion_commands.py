@@ -72,7 +72,12 @@ def opinions(
         raise ValueError(
             "--max-evaluations and --learning-rate do not go with --layer auto: give it a number"
         )
-    limit = max_evaluations or OPINION_STEPS
+    if alpha is not None and learning_rate is not None:
+        raise ValueError(
+            "--learning-rate is adam's, and --alpha is solved by proximal gradient: leave one out"
+        )
+    limit = OPINION_STEPS if max_evaluations is None else max_evaluations
+    rate = OPINION_LEARNING_RATE if learning_rate is None else learning_rate
     loaded = load(model, backend)
     from tl_laai.batches import FitProblem
     from tl_laai.fitting import fit_many
@@ -112,7 +117,7 @@ def opinions(
                 loaded,
                 [FitProblem(examples, fixed, None, alpha, provenance=known)],
                 solver="adam" if alpha is None else "proximal",
-                learning_rate=learning_rate or OPINION_LEARNING_RATE,
+                learning_rate=rate,
                 max_evaluations=limit,
                 callback=bar,
             )

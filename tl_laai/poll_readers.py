@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 # Rounded percentages add up to 0.99 or 1.01; they are divided by their sum.
 _ROUNDING = 0.015
+# Whole options, in brackets or not, and several in one: "(Don't know/Refused)".
 _REFUSAL = re.compile(
-    r"(don['\u2019]?t know|do not know|dk\b|refus|no answer|no response|decline|missing|not asked)",
+    r"\W*((don['\u2019]?t know|do not know|dk|not sure|unsure|can['\u2019]?t (say|choose)|refused?"
+    r"|refused? to answer|declined? to answer|prefer not to (answer|say)|no answer|no response"
+    r"|missing|not asked)(\W+or)?\W*)+",
     re.I,
 )
 
@@ -45,10 +48,14 @@ def read_jsonl(path: Path, group: str | None) -> tuple[str, tuple[OpinionQuestio
             )
         name = f"Q{1 + len(questions.get(str(row['group']), ()))}"
         made = _question(
-            where, row.get("id", name), row["question"], row["options"],
+            where, row.get("id") or name, row["question"], row["options"],
             row["distribution"], str(row["group"]),
         )  # fmt: skip
-        questions.setdefault(made.group, []).append(made)
+        known = questions.setdefault(made.group, [])
+        for other in known:
+            if made.id == other.id and made.question != other.question:
+                raise ValueError(f"{where}: id {made.id!r} is also that of {other.question!r:.80}")
+        known.append(made)
     if group is None and len(questions) == 1:
         [group] = questions
     if group not in questions:
@@ -111,7 +118,7 @@ def read_global_opinions(
         shares = by_country[group]
         if not isinstance(shares, Sequence) or len(shares) != len(options):
             raise ValueError(f"{where}: {len(options)} options, but selections {shares!r:.80}")
-        kept = [i for i, o in enumerate(options) if not (drop_refusals and _REFUSAL.match(o))]
+        kept = [i for i, o in enumerate(options) if not (drop_refusals and _REFUSAL.fullmatch(o))]
         shares = [_number(where, shares[i], "selections") for i in kept]
         if len(kept) > 1 and sum(shares) > 0:
             options = [options[i] for i in kept]

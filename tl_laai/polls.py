@@ -197,7 +197,8 @@ class OpinionTask:
         Args:
             dataset: One loaded split.
             group: The country, as it stands in `selections`.
-            drop_refusals: Leave out options such as "Don't know" and "Refused".
+            drop_refusals: Leave out options that say no more than "Don't know", "Not sure",
+                "Refused", "No answer" or the like.
 
         Raises:
             TypeError, ValueError: It is no such dataset, no row has the country, or a row is

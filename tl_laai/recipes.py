@@ -99,7 +99,7 @@ def record(model: str, backend: str, data: TaskData) -> dict[str, Any]:
         "backend": backend,
         "task": {
             "name": task.name,
-            "source": task.source if built_in else str(Path(task.source).resolve()),
+            "source": task.source if built_in else _absolute(task.source),
             "version": task.version,
             "digest": task.digest,
         },
@@ -289,6 +289,12 @@ def _lookup(provenance: Any, *names: str) -> Any:
     for name in names:
         provenance = provenance.get(name) if isinstance(provenance, Mapping) else None
     return provenance
+
+
+def _absolute(source: str) -> str | None:
+    """A file's path from any working directory; None for a task that came from no file."""
+    path = Path(source)
+    return str(path.resolve()) if path.is_file() else None
 
 
 def _model_name(name: str) -> str:

@@ -66,7 +66,9 @@ def relax(
     out = [k for k in at if not 1 <= k <= steps]
     if out:
         raise ValueError(f"at holds {out}; give numbers of steps from 1 to steps={steps}.")
-    iterates: dict[int, Tensor] = {}
+    # What stays of a problem that has ended early, which only one without finite losses does.
+    lost = torch.full(support.shape, torch.nan, dtype=dtype, device=support.device)
+    iterates = dict.fromkeys(sorted(at), lost)
     done = -1  # the start is evaluated first, after no step
 
     def masked(
@@ -75,8 +77,7 @@ def relax(
         nonlocal done
         done += 1
         if done in at:
-            # Zero for a problem that has ended early, which only one without finite losses does.
-            iterates[done] = deltas.new_zeros(support.shape).index_copy_(0, problems, deltas)
+            iterates[done] = lost.index_copy(0, problems, deltas)
         losses, gradients = value_and_grad(deltas, problems)
         return losses, [own * support[p] for own, p in zip(gradients, problems, strict=True)]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from tl_laai.backends import backend_of
-from tl_laai.batches import Fit
+from tl_laai.batches import Fit, NonFiniteError
 from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
 from tl_laai.distillation import Distillation, NothingTaughtError, ask_teacher
 from tl_laai.evaluation import Evaluation
@@ -250,6 +250,11 @@ def fit_auto(
                 raise
             _LOG.warning("distillation is left out of the choice: %s", error)
     assert best is not None  # objectives is not empty
+    if best.score() == -math.inf:
+        raise NonFiniteError(
+            f"learning_rate is {learning_rate}: no candidate has a finite score on held-out "
+            "examples. Use a smaller one, or a wider dtype (float32)."
+        )
     origin = {
         **(provenance or {}),
         "selection": {
