@@ -18,9 +18,8 @@ from tl_laai.finetuning import BATCH_SIZE, FineTuned, Training
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.tasks import Example, cross_validation_folds
 
-# Chosen by the loss held out in folds of ten examples (Gemma 3 270M, country-capital), which was
-# lowest at 1e-4 of 1e-4 to 1e-3, and at 3e-2 of 3e-3 to 3e-2: ends of what was tried.
-LEARNING_RATES: Mapping[str, tuple[float, ...]] = {"lora": (1e-4, 3e-4), "ia3": (1e-2, 3e-2)}
+# Of eight rule tasks with ten examples (Gemma 3 270M), LoRA chose 3e-4 over 1e-4 in all.
+LEARNING_RATES: Mapping[str, tuple[float, ...]] = {"lora": (3e-4, 1e-3), "ia3": (1e-2, 3e-2)}
 CHECKPOINTS = (5, 10, 20, 40)
 
 

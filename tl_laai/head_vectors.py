@@ -158,8 +158,8 @@ class LearntHeads(Method):
         position: which tokens are shifted.
     """
 
-    n_heads: tuple[int, ...] = (4, 12)
-    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    n_heads: tuple[int, ...] = (4, 12, 36)
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     steps: int = 20
     position: Position = "every_step"
 

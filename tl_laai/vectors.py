@@ -237,7 +237,7 @@ class MeanDifference(Method):
     """
 
     layers: tuple[int, ...] | None = None
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    strengths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
     seed: int = 0
 
     def grid(self, model: Any) -> tuple[Setting, ...]:
