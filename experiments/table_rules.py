@@ -3,6 +3,7 @@
     python experiments/table_rules.py                       # all groups of methods; resumes
     python experiments/table_rules.py --groups fits         # one group
     python experiments/table_rules.py --from-rows           # print the table only
+    python experiments/table_rules.py --from-rows --seeds 0  # of some seeds
 
 Ten training examples, zero-shot prompts for every intervention, 100 held-out examples, five
 seeds. Whatever a method chooses, it chooses by cross-validation inside the ten. The inputs that
@@ -12,6 +13,7 @@ how many were (`n_test_made_up`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -42,6 +44,8 @@ SEEDS = (0, 1, 2, 3, 4)
 N_TRAIN, N_TEST = 10, 100
 # Of distillation, that did well on four of the tasks with seed 100.
 TAUGHT_STEPS, LABEL_SHARE = 45, 0.2
+# Layers, penalty and steps that the fits choose from were set on this split of these tasks.
+SET_ON, SET_ON_TASKS = 100, ("english-french", "antonym", "singular-plural", "country-capital")
 NAME = "table_rules"
 OURS = ("best by validation", "relaxed", "unregularised", "distilled")
 OTHERS = ("zero-shot", "few-shot", "task-vector", "learnt-heads", "lora", "ia3", "unregularised")
@@ -225,10 +229,16 @@ def show(rows: list[Row]) -> None:
         for name, these in found.get("distilled", {}).items()
     }
     print(f"held-out inputs that the model made up and was taught on: {made_up}\n")
-    statuses = {
-        name: [row["status"] for row in these] for name, these in found.get("penalised", {}).items()
-    }
-    print(f"penalised: {statuses}\n")
+    for method, column in (
+        ("penalised", "status"),
+        ("relaxed", "n_heads"),
+        ("best by validation", "setting"),
+        ("learnt-heads", "setting"),
+    ):
+        # Of a setting, what stands before the first comma: the objective, or how many heads.
+        values = (row[column] for own in found.get(method, {}).values() for row in own)
+        print(f"{method}: {dict(Counter(str(value).split(',')[0] for value in values))}")
+    print(f"held-out inputs that are in the split of seed {SET_ON} too: {_also_set_on(rows)}\n")
     lines = []
     for ours in (method for method in OURS if method in found):
         for other in (method for method in OTHERS if method in found and method != ours):
@@ -241,6 +251,25 @@ def show(rows: list[Row]) -> None:
             whole = {(row["task"], row["seed"]): row for row in _of_all_tasks(own, names)}
             lines.append([f"{ours} - {other}", *cells, _difference(whole, b, by="task")])
     print(markdown(["difference in points", *names, "mean"], lines))
+
+
+def _also_set_on(rows: list[Row]) -> dict[str, list[int]]:
+    """How many held-out inputs of each seed had a part in what the fits choose from."""
+    from tl_laai.recipes import draw
+    from tl_laai.tasks import same_input_key
+
+    found = {}
+    for task in tasks(SET_ON_TASKS):
+        split = draw(task, train=N_TRAIN, test=N_TEST, seed=SET_ON)
+        seen = {same_input_key(e.input) for e in (*split.train, *split.test)}
+        found[task.name] = [
+            sum(same_input_key(e.input) in seen for e in own.test)
+            for own in (
+                draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
+                for seed in sorted({row["seed"] for row in rows})
+            )
+        ]
+    return found
 
 
 def _by_fit(rows: dict[str, list[Row]]) -> dict[tuple[str, int], Row]:
@@ -267,7 +296,8 @@ def main() -> None:
     arguments = options.parse_args()
     if not arguments.from_rows:
         compute(arguments.groups, arguments.tasks, arguments.seeds)
-    show(read_rows(FIGURES / f"{NAME}.jsonl"))
+    rows = read_rows(FIGURES / f"{NAME}.jsonl")
+    show([row for row in rows if row["seed"] in arguments.seeds])
 
 
 if __name__ == "__main__":

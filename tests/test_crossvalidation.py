@@ -8,6 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from test_selection import EXAMPLES
 
 from tl_laai.batches import FitProblem
 from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
@@ -15,10 +16,8 @@ from tl_laai.distillation import Distillation, teach, weighed
 from tl_laai.evaluation import AnswerRow, Evaluation, evaluate
 from tl_laai.fitting import fit, fit_many, taught_problem
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
-from tl_laai.tasks import Example, cross_validation_folds
+from tl_laai.tasks import cross_validation_folds
 
-WORDS = ("ab", "cde", "f", "gh", "ij", "klm", "n")
-EXAMPLES = tuple(Example(word, word[0].upper() + "x" * (i % 2)) for i, word in enumerate(WORDS))
 FOLDS = cross_validation_folds(EXAMPLES, 3, 5)
 EVALUATIONS, LEARNING_RATE = 6, 0.1
 TAUGHT = Distillation(inputs=("m", "no", "pq", "rs"))

@@ -24,7 +24,8 @@ from tl_laai.tasks import Example, cross_validation_folds
 from tl_laai.vectors import FunctionVector, InContextVector, MeanDifference, TaskVector
 
 # Default grids were widened until what cross-validation chose from ten examples of eight rule tasks
-# (Gemma 3 270M, one seed) lay inside most of them: methods get that much help from us there.
+# (Gemma 3 270M, one seed) lay inside most of them: methods get that much help from us there. Learnt
+# heads still take the most that they are offered, half of all, in most fits.
 METHODS: Mapping[str, Method] = {
     "function-vector": FunctionVector(),
     "task-vector": TaskVector(),

@@ -269,7 +269,10 @@ def fit_auto(
 
 
 def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
-    """Whether a teacher answered held-out examples better than fits on labels did."""
+    """Whether a teacher answered held-out examples better than fits on labels did.
+
+    By right answers; where level, by their probability, which for fits includes the answer's end.
+    """
     scores = [(e.exact_match, e.probability) for e in (teacher, labelled)]
     return scores[0] > scores[1]
 
