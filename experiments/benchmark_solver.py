@@ -2,21 +2,24 @@
 
     python experiments/benchmark_solver.py            # table
     python experiments/benchmark_solver.py --json     # one row a line
+    python experiments/benchmark_solver.py --only-adam  # Adam beside rows that have none yet
 
 4 tasks x 4 layers x 3 group penalties on the packaged model, ten examples each. A problem counts
 as converged where stationarity is at most 1e-3 * max(1, ||delta||) within 150 gradient
-evaluations. Adam's objective is the
-lowest that it has seen after the same number of evaluations.
+evaluations. Adam's objective is the lowest that it has seen after the same number of evaluations.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from common import FIGURES, tasks, write_rows
 
 from tl_laai.rows import read_rows
+
+Row = dict[str, Any]
 
 MODEL = "gemma-3-270m"
 TASKS = ("country-capital", "antonym", "english-french", "singular-plural")
@@ -26,19 +29,17 @@ N_TRAIN, SEED = 10, 0
 TOLERANCE, LIMIT, GROUP = 1e-3, 150, 12
 
 
-def compute(names: list[str], with_adam: bool) -> list[dict[str, object]]:
-    from tl_laai import FitProblem, load_model
+def solve(names: list[str]) -> list[Row]:
+    """Rows of our solver, of one task after the other; written as they come."""
+    from tl_laai import load_model
     from tl_laai.batches import FitBatch
 
     model = load_model(MODEL, device="cpu")
-    rows: list[dict[str, object]] = []
-    solved = []
+    rows: list[Row] = []
     for task in tasks(names):
-        train = task.split(train=N_TRAIN, test=100, seed=SEED).train
-        problems = [FitProblem(train, layer, alpha=a) for layer in LAYERS for a in ALPHAS]
+        problems = [_problem(task, layer, alpha) for layer in LAYERS for alpha in ALPHAS]
         ours = FitBatch(model, problems).solve(tolerance=TOLERANCE, max_evaluations=LIMIT)
         for problem, solution in zip(problems, ours, strict=True):
-            solved.append((problem, solution))
             rows.append(
                 {
                     "kind": "benchmark_solver",
@@ -57,21 +58,37 @@ def compute(names: list[str], with_adam: bool) -> list[dict[str, object]]:
                 }
             )
         write_rows(rows, "benchmark_solver")
-    if not with_adam:
-        return rows
+    return rows
+
+
+def run_adam(rows: list[Row]) -> None:
+    """Fill Adam's column where it is empty; rows are written after every group."""
+    from tl_laai import load_model
+    from tl_laai.batches import FitBatch
+
+    model = load_model(MODEL, device="cpu")
+    by_name = {task.name: task for task in tasks(list({str(row["task"]) for row in rows}))}
     # In groups of similar length, so that Adam takes few steps that nobody compares with.
-    order = sorted(range(len(rows)), key=lambda i: solved[i][1].n_evaluations)
-    for start in range(0, len(order), GROUP):
-        group = order[start : start + GROUP]
-        steps = solved[group[-1]][1].n_evaluations
-        batch = FitBatch(model, [solved[i][0] for i in group])
-        for i, adam in zip(group, batch.solve(solver="adam", max_evaluations=steps), strict=True):
-            limit = solved[i][1].n_evaluations
-            rows[i]["adam_objective"] = min(
-                r.objective for r in adam.history if r.evaluation <= limit
+    missing = sorted(
+        (row for row in rows if row["adam_objective"] is None), key=lambda r: r["n_evaluations"]
+    )
+    for start in range(0, len(missing), GROUP):
+        group = missing[start : start + GROUP]
+        problems = [_problem(by_name[r["task"]], r["layer"], r["alpha"]) for r in group]
+        steps = group[-1]["n_evaluations"]
+        solved = FitBatch(model, problems).solve(solver="adam", max_evaluations=steps)
+        for row, adam in zip(group, solved, strict=True):
+            row["adam_objective"] = min(
+                r.objective for r in adam.history if r.evaluation <= row["n_evaluations"]
             )
         write_rows(rows, "benchmark_solver")
-    return rows
+
+
+def _problem(task: Any, layer: int, alpha: float) -> Any:
+    from tl_laai import FitProblem
+
+    train = task.split(train=N_TRAIN, test=100, seed=SEED).train
+    return FitProblem(train, layer, alpha=alpha)
 
 
 def main() -> None:
@@ -80,10 +97,13 @@ def main() -> None:
     options.add_argument("--json", action="store_true", help="print one row a line")
     options.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK")
     options.add_argument("--no-adam", action="store_true", help="leave Adam's column empty")
+    options.add_argument("--only-adam", action="store_true", help="fill Adam's column alone")
     arguments = options.parse_args()
-    if not arguments.from_rows:
-        compute(arguments.tasks, not arguments.no_adam)
+    if not (arguments.from_rows or arguments.only_adam):
+        solve(arguments.tasks)
     rows = read_rows(FIGURES / "benchmark_solver.jsonl")
+    if not (arguments.from_rows or arguments.no_adam):
+        run_adam(rows)
     if arguments.json:
         print((FIGURES / "benchmark_solver.jsonl").read_text(), end="")
         return

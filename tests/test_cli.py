@@ -18,6 +18,7 @@ from tl_laai import (
     Intervention,
     Task,
     __version__,
+    demo,
     evaluate,
     fit_commands,
     fitting,
@@ -352,9 +353,9 @@ def test_generate_prints_both_completions(inside: Path) -> None:
 def test_the_demo_fits_compares_shows_and_saves(
     inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_commands, "DEMO_MODEL", "model")
-    monkeypatch.setattr(fit_commands, "DEMO_LAYER", 1)
-    monkeypatch.setattr(fit_commands, "DEMO_TASK", "upper.json")
+    monkeypatch.setattr(demo, "DEMO_MODEL", "model")
+    monkeypatch.setattr(demo, "DEMO_LAYER", 1)
+    monkeypatch.setattr(demo, "DEMO_TASK", "upper.json")
     text = done("demo", "--out", tmp_path / "demo").stdout
     for part in ("zero-shot", "10-shot", "intervened", "relaxed", "right answer", "Saved to"):
         assert part in text.lower() or part in text

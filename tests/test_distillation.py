@@ -14,8 +14,9 @@ from tiny import tiny_model
 
 from tl_laai import distillation
 from tl_laai.decoding import longest_answer
-from tl_laai.distillation import Distillation, ask_teacher, make_up_inputs, prepare, teach
+from tl_laai.distillation import Distillation, ask_teacher, prepare, teach
 from tl_laai.fitting import fit
+from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.problems import engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample, decoded_answer, tokenise
 from tl_laai.tasks import Example, seeded_order
@@ -111,28 +112,10 @@ def test_inputs_without_an_answer_are_left_out(model: Any, monkeypatch: pytest.M
     assert [e.tokens.input for e in taught] == list(INPUTS[1:])
 
 
-def test_made_up_inputs_are_new_repeatable_and_cut_where_the_template_goes_on(model: Any) -> None:
-    made = make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=1)
-    assert made == make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=1)
-    assert made != make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=2)
-    assert len(set(made)) == len(made) == 5
-    for text in made:
-        assert ">" not in text
-        assert text.strip() == text != ""
-        assert text not in {e.input for e in SHOWN}
-    assert make_up_inputs(model, SHOWN, 0, template=TEMPLATE) == ()
-
-
-def test_made_up_inputs_end_where_all_of_the_template_goes_on(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = ("water to me: x", "tea to you", "\nx", "at")
-    answers = [tuple(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
-    monkeypatch.setattr(distillation, "decode", lambda *_, **__: (answers,))
-    template = PromptTemplate("{input} to me:", separator=";")
-    assert make_up_inputs(model, SHOWN, 4, template=template) == ("water", "tea to you", "at")
-    with pytest.raises(ValueError, match=r"template has \{input\} 2 times"):
-        make_up_inputs(model, SHOWN, 4, template=PromptTemplate("{input} or {input}"))
+def test_a_teacher_without_any_answer_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "decode", lambda *_, **__: [[(), (), ()]])
+    with pytest.raises(NothingTaughtError, match=r"inputs \['f', 'gh', 'ijk'\] have no answer"):
+        prepare(model, SHOWN, Distillation(inputs=INPUTS), template=TEMPLATE)
 
 
 def test_shares_of_labels_and_teacher_are_their_weights(model: Any) -> None:

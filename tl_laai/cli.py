@@ -12,7 +12,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tl_laai import __version__, analyses, comparisons, display, fit_commands, opinion_commands
+from tl_laai import (
+    __version__,
+    analyses,
+    comparisons,
+    demo,
+    display,
+    fit_commands,
+    opinion_commands,
+)
 from tl_laai.options import AtMost, Folder, Json, OtherBackend, OtherModel, load_for, newlines
 from tl_laai.recipes import compare, recorded_data, recorded_template
 from tl_laai.tasks import Task, available_tasks
@@ -72,7 +80,7 @@ def _options(
     """Sparse additive interventions: fit one on ten examples, save it, apply it, look at it."""
 
 
-app.command(epilog="Example: laai demo --out capital-demo")(fit_commands.demo)
+app.command(epilog="Example: laai demo --out capital-demo")(demo.demo)
 app.command(
     epilog="Example:\n\nlaai fit --model gemma-3-270m --task country-capital --train 10\n\n"
     "--seed 0 --layer 9 --group 0.3 --out capital/"

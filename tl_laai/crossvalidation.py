@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tl_laai.batches import Fit, FitBatch, FitProblem
 from tl_laai.decoding import Edit
-from tl_laai.distillation import Distillation, Lesson, make_up_inputs, teach, weighed
+from tl_laai.distillation import Distillation, Lesson, teach, weighed
 from tl_laai.evaluation import AnswerRow, Evaluation, answer_scores, evaluate_edits
 from tl_laai.fitting import ObjectiveName, fit_many, taught_problem
 from tl_laai.hooking import Position
+from tl_laai.made_up_inputs import make_up_inputs
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample, engine_for
 from tl_laai.prompts import PromptTemplate

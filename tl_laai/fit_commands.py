@@ -1,4 +1,4 @@
-"""Commands that make an intervention: `laai demo`, `fit`."""
+"""The command that fits an intervention: `laai fit`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from tl_laai.options import (
     Seed,
     Test,
     Train,
+    check_out,
     layer_number,
     load,
     newlines,
 )
-from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, compare, draw, record
+from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw, record
 from tl_laai.tasks import load_task
 
 if TYPE_CHECKING:
@@ -42,46 +43,8 @@ Penalty = Literal["auto", "none"]
 Objective = Literal["answers", "distill", "auto"]
 Preset = Literal["paper", "relaxed", "distill"]
 
-# Layer, penalty and steps are those that did well on other splits than the one shown.
-DEMO_MODEL, DEMO_TASK, DEMO_LAYER = "gemma-3-270m", "country-capital", 9
-DEMO_ALPHA, DEMO_RELAX = 0.9, 30
 # Of a fit at a given layer and penalty.
 DEFAULT_EVALUATIONS, DEFAULT_TOLERANCE = 150, 1e-3
-
-
-def demo(
-    out: Annotated[Path, typer.Option(help="Where to save it.")] = Path("capital-demo"),
-) -> None:
-    """See it work: Gemma 3 270M learns country to capital from ten examples, in minutes."""
-    from tl_laai.fitting import fit as fit_one
-    from tl_laai.selection import CHOOSING_EVALUATIONS
-
-    _check_out(out)
-    data = draw(load_task(DEMO_TASK))
-    model = load(DEMO_MODEL)
-    title = f"Fitting layer {DEMO_LAYER} on {len(data.train)} examples"
-    with display.solver_bar(title, CHOOSING_EVALUATIONS + DEMO_RELAX + 1) as bar:
-        fitted = fit_one(
-            model,
-            data.train,
-            layer=DEMO_LAYER,
-            alpha=DEMO_ALPHA,
-            max_evaluations=CHOOSING_EVALUATIONS,
-            relax_steps=DEMO_RELAX,
-            provenance=record(DEMO_MODEL, "auto", data),
-            callback=bar,
-        )
-    with display.step(f"Answering {len(data.test)} questions"):
-        results = compare(model, fitted.intervention, data)
-    fitted.intervention.save_pretrained(out)
-    display.show_results(data.task.name, results, n_shown=len(data.train))
-    display.show_fit(fitted)
-    before, after = (results[name].rows[:3] for name in ("zero_shot", "intervened"))
-    cells = [
-        (b.input, b.prediction, a.prediction, a.target) for b, a in zip(before, after, strict=True)
-    ]
-    display.show(display.text_table(("input", "before", "after", "right answer"), cells))
-    display.say(f"Saved to {out}. Next: laai generate {out} 'Q: {after[0].input}\\nA:'")
 
 
 def fit(
@@ -154,7 +117,7 @@ def fit(
     from tl_laai.fitting import fit as fit_one
     from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
-    _check_out(out)
+    check_out(out)
     if preset is not None:
         if (objective, position, l1_ratio, relax) != ("answers", "prompt_end", 0.0, None):
             raise ValueError(
@@ -348,15 +311,3 @@ def _fit_auto(
                 f"{chosen.teacher.exact_match:.0%}: chosen is {chosen.objective}."
             )
     return chosen.fit
-
-
-def _check_out(out: Path) -> None:
-    """Refuse, before the work and not after it, to save over anything but an intervention."""
-    from tl_laai.artifacts import CONFIG_FILE
-
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"--out {out} holds something else than an intervention; give a new folder"
-        )

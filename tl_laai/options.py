@@ -75,3 +75,15 @@ def layer_number(text: str, *, option: str, allowed: str) -> int:
 def newlines(text: str) -> str:
     """Make newlines of the two characters that a shell hands over for one."""
     return text.replace("\\n", "\n")
+
+
+def check_out(out: Path) -> None:
+    """Refuse, before the work and not after it, to save over anything but an intervention."""
+    from tl_laai.artifacts import CONFIG_FILE
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"--out {out} holds something else than an intervention; give a new folder"
+        )

@@ -23,10 +23,11 @@ from typing import Any, cast
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit, NonFiniteError
 from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
-from tl_laai.distillation import Distillation, NothingTaughtError, ask_teacher
+from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import Evaluation
 from tl_laai.fitting import ObjectiveName
 from tl_laai.hooking import Position
+from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate

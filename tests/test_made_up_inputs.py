@@ -1,0 +1,52 @@
+"""Inputs that a model makes up: new, repeatable, and cut where the template goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+from tiny import tiny_model
+
+from tl_laai import made_up_inputs
+from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
+from tl_laai.prompts import PromptTemplate
+from tl_laai.tasks import Example
+
+TEMPLATE = PromptTemplate(text="{input}>", answer_prefix="", separator=";", answer_end=".")
+SHOWN = (Example("ab", "x"), Example("c", "yz"), Example("de", "w"))
+
+
+@pytest.fixture(scope="module", params=("llama", "gemma"))
+def model(request: pytest.FixtureRequest) -> Any:
+    return oracle.run_once(tiny_model("bridge", request.param))
+
+
+def test_made_up_inputs_are_new_repeatable_and_cut_where_the_template_goes_on(model: Any) -> None:
+    made = make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=1)
+    assert made == make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=1)
+    assert made != make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=2)
+    assert len(set(made)) == len(made) == 5
+    for text in made:
+        assert ">" not in text
+        assert text.strip() == text != ""
+        assert text not in {e.input for e in SHOWN}
+    assert make_up_inputs(model, SHOWN, 0, template=TEMPLATE) == ()
+
+
+def test_made_up_inputs_end_where_all_of_the_template_goes_on(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ("water to me: x", "tea to you", "\nx", "at")
+    answers = [tuple(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
+    monkeypatch.setattr(made_up_inputs, "decode", lambda *_, **__: (answers,))
+    template = PromptTemplate("{input} to me:", separator=";")
+    assert make_up_inputs(model, SHOWN, 4, template=template) == ("water", "tea to you", "at")
+    with pytest.raises(ValueError, match=r"template has \{input\} 2 times"):
+        make_up_inputs(model, SHOWN, 4, template=PromptTemplate("{input} or {input}"))
+
+
+def test_a_model_that_makes_up_nothing_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made_up_inputs, "decode", lambda *_, **__: ([(), ()],))
+    with pytest.raises(NothingTaughtError, match="n is 2, and the model made up no input after 3"):
+        make_up_inputs(model, SHOWN, 2, template=TEMPLATE)

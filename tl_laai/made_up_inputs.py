@@ -1,0 +1,84 @@
+"""Inputs without labels, made up by the model that has read labelled examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tl_laai.decoding import Edit, decode
+from tl_laai.prefix import freeze
+from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise_prompts
+from tl_laai.tasks import Example, same_input_key
+
+_LONGEST_INPUT = 16  # tokens of an input that the model makes up
+_ROUNDS = 4  # of sampling, before fewer inputs than asked for are accepted
+
+
+class NothingTaughtError(ValueError):
+    """The model made up no input, or the teacher answered none."""
+
+
+def make_up_inputs(
+    model: Any,
+    demonstrations: Sequence[Example],
+    n: int,
+    *,
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+    seed: int = 0,
+) -> tuple[str, ...]:
+    """Inputs like those of the demonstrations, sampled from the model after reading them.
+
+    Example:
+        >>> make_up_inputs(model, split.train, 3)  # doctest: +SKIP
+        ('Mali', 'Peru', 'Norway')
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        demonstrations: what it reads, and whose inputs are not made up again.
+        n: how many different inputs to look for.
+        template: how inputs become prompts.
+        seed: of the samples.
+
+    Returns:
+        At most `n` different inputs; fewer where the model keeps repeating itself.
+
+    Raises:
+        NothingTaughtError: the model made up none.
+    """
+    mark = "\0"
+    opening, *closings = template.render(mark, demonstrations).split(mark)
+    if len(closings) != 1:
+        raise ValueError(
+            f"template has {{input}} {len(closings)} times: where an input that the model makes up "
+            "would end is not known. Give inputs of your own."
+        )
+    closing = closings[0].split("\n", 1)[0].strip()  # what the template goes on with in the line
+    (prompt,) = tokenise_prompts(model, [opening.rstrip(" ")])
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    known = {same_input_key(shown.input) for shown in demonstrations}
+    found: dict[str, str] = {}
+    if not n:
+        return ()
+    prompts = freeze(model, [TokenisedExample(prompt, (), "", "")] * n)
+    for _ in range(_ROUNDS):
+        (samples,) = decode(prompts, [Edit()], max_new_tokens=_LONGEST_INPUT, generator=generator)
+        for sample in samples:
+            text = model.tokenizer.decode(list(sample)).split("\n", 1)[0]
+            if closing:
+                text = text.split(closing, 1)[0]
+            elif len(sample) == _LONGEST_INPUT:
+                continue  # cut off
+            text = text.strip()
+            if text and same_input_key(text) not in known:
+                found.setdefault(same_input_key(text), text)
+        if len(found) >= n:
+            break
+    if not found:
+        raise NothingTaughtError(
+            f"n is {n}, and the model made up no input after {len(demonstrations)} demonstrations; "
+            "give inputs of your own"
+        )
+    return tuple(found.values())[:n]
