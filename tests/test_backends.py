@@ -287,6 +287,10 @@ def test_other_hooked_configurations_are_exact(changes: dict[str, Any]) -> None:
     assert_exact(model)
 
 
+def test_a_bridge_with_soft_caps_on_scores_and_logits_is_exact() -> None:
+    assert_exact(tiny_bridge("gemma2"))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma"])
 def test_weights_processed_as_transformer_lens_likes_are_exact(backend: str, family: str) -> None:
     """Folded norms, centred weights: the default of `HookedTransformer.from_pretrained`."""

@@ -26,7 +26,7 @@ SHOWN = (Example("ab", "x"), Example("c", "yz"), Example("de", "w"))
 INPUTS = ("f", "gh", "ijk")
 
 
-@pytest.fixture(scope="module", params=("llama", "gemma"))
+@pytest.fixture(scope="module", params=("llama", "gemma", "gemma2"))
 def model(request: pytest.FixtureRequest) -> Any:
     return oracle.run_once(tiny_model("bridge", request.param))
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_model
 
-from tl_laai.objectives import mean_distribution
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample, tokenise
 from tl_laai.tasks import Example
+from tl_laai.vocabulary import Unembedding, mean_distribution
 
 TEMPLATE = PromptTemplate(answer_prefix="", answer_end="")
 LABELLED = Example("abc", "xy")
@@ -42,10 +42,8 @@ def taught(model: Any, prompt: str, answer: str, teacher: str) -> tuple[TaughtEx
     # Any hidden states with these logits are teachers as good as the model's own.
     flat = logits if bias is None else logits - bias
     hidden = torch.linalg.lstsq(weight, flat.T).solution.T
-    from tl_laai.objectives import Unembedding
-
-    rows, offsets = mean_distribution(hidden[None], Unembedding(weight, bias, None))
-    return TaughtExample(tokens, rows, offsets), logits.softmax(dim=-1)
+    distributions = mean_distribution(hidden[None], Unembedding(weight, bias, None))
+    return TaughtExample(tokens, distributions), logits.softmax(dim=-1)
 
 
 def test_labels_and_teachers_are_mixed_by_their_weights(model: Any) -> None:

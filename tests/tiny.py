@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -94,6 +95,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     | gemma | 4 | 4 (1) x 8 | 16 | qk-norm, post norms, windows of 4 on layers 0, 1 and 3 |
     | neox | 3 | 4 x 8 | 32 | attention parallel to the MLP, rotary on a quarter of each head |
     | qwen2 | 3 | 4 (2) x 8 | 32 | grouped queries with query, key and value biases |
+    | gemma2 | 2 | 4 (1) x 8 | 16 | soft caps on attention scores and logits; Bridge only |
     """
     shared = {
         "vocab_size": VOCABULARY_SIZE,
@@ -121,6 +123,15 @@ def tiny_config(family: str) -> PreTrainedConfig:
             return Qwen2Config(**grouped)
         case "neox":
             return GPTNeoXConfig(**usual, rotary_pct=0.25, hidden_act="gelu")
+        case "gemma2":
+            return Gemma2Config(
+                **{**grouped, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 1},
+                head_dim=8,
+                query_pre_attn_scalar=8,
+                sliding_window=SLIDING_WINDOW,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+            )
         case "gemma":
             # d_model 16: its square root, by which embeddings are scaled, is exact in any dtype.
             return Gemma3TextConfig(
@@ -218,7 +229,7 @@ def tiny_hf(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> P
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.config.architectures = [type(model).__name__]  # the Bridge picks its adapter by it
     generator = torch.Generator().manual_seed(seed)
-    gemma = family == "gemma"
+    gemma = family.startswith("gemma")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * _scale(name)

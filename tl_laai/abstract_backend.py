@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_laai.objectives import Unembedding
+from tl_laai.vocabulary import Unembedding
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q, k, v) -> z`, shapes `[n, n_heads | n_kv_heads, d_head]` -> `[n, n_heads, d_head]`."""

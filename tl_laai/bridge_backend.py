@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_laai.abstract_backend import AttentionRule, Backend
-from tl_laai.objectives import Unembedding
+from tl_laai.vocabulary import Unembedding
 
 
 class BridgeBackend(Backend):

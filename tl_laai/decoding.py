@@ -18,8 +18,8 @@ from torch import Tensor
 from tl_laai import objectives
 from tl_laai.backends import Backend
 from tl_laai.hooking import Position
-from tl_laai.objectives import cross_entropy, next_token
 from tl_laai.prefix import FrozenPrompts, Packing, SuffixCache, last_residual, run
+from tl_laai.vocabulary import cross_entropy, next_token
 
 ROWS_AT_ONCE = 512
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from torch import Tensor
 from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
 from tl_laai.evaluation import Evaluation, answer_rows
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
-from tl_laai.objectives import mean_distribution
 from tl_laai.prefix import Packing, freeze, last_residual, run
 from tl_laai.prompts import (
     DEFAULT_TEMPLATE,
@@ -39,6 +39,7 @@ from tl_laai.prompts import (
     tokenise_prompts,
 )
 from tl_laai.tasks import Example, check_count, seeded_order
+from tl_laai.vocabulary import Distributions, mean_distribution
 
 _TOKENS_AT_ONCE = 512
 
@@ -227,13 +228,12 @@ def teach(
     )
     head = first.backend.unembedding()
     parts = [mean_distribution(part, head) for part in hidden.split(_TOKENS_AT_ONCE, dim=1)]
-    lengths = [len(whole[i]) for i in kept]
-    rows = torch.cat([rows for rows, _ in parts]).split(lengths)
-    offsets = torch.cat([offset for _, offset in parts]).split(lengths)
+    distributions = Distributions.cat(parts)
+    ends = list(accumulate((len(whole[i]) for i in kept), initial=0))
     bare = _asked(model, [inputs[i] for i in kept], (), template)
     return tuple(
-        TaughtExample(_with(own, whole[i]), rows[j], offsets[j])
-        for j, (i, own) in enumerate(zip(kept, bare, strict=True))
+        TaughtExample(_with(own, whole[i]), distributions[first:stop])
+        for i, own, (first, stop) in zip(kept, bare, pairwise(ends), strict=True)
     )
 
 

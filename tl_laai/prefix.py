@@ -455,9 +455,7 @@ def _verify(prompts: FrozenPrompts) -> None:
         if backend.verified_length == 0 and worst <= tolerance:
             head = backend.unembedding()
             logits = ours @ head.weight.T
-            logits = logits if head.bias is None else logits + head.bias
-            if head.softcap is not None:
-                logits = head.softcap * torch.tanh(logits / head.softcap)
+            logits = head.cap(logits if head.bias is None else logits + head.bias)
             expected = backend.logits(tokens)[0, -len(ours) :]
             # Root mean squares: in bfloat16 the worst of 262,144 logits is off by a tenth of them.
             shift, spread = (x - x.mean(-1, keepdim=True) for x in (logits - expected, expected))

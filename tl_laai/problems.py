@@ -28,6 +28,7 @@ from tl_laai.prompts import (
     tokenise_options,
 )
 from tl_laai.tasks import Example
+from tl_laai.vocabulary import Distributions
 
 FitExample: TypeAlias = Example | TaughtExample | OptionExample
 
@@ -122,21 +123,17 @@ def _objective(
         return _option_objective(prompts, cast("list[OptionExample]", examples), names)
     if not any(isinstance(example, TaughtExample) for example in examples):
         return AnswerCrossEntropy(prompts.targets)
-    # A labelled token is taught by the distribution that has only its label.
-    head = prompts.backend.unembedding()
-    wide = torch.float64 if prompts.backend.dtype == torch.float64 else torch.float32
-    targets = prompts.targets.clamp(min=0)
-    mean_rows = head.weight[targets].to(wide, copy=True)
-    offsets = torch.zeros(len(targets), dtype=wide, device=targets.device)
-    if head.bias is not None:
-        offsets = head.bias[targets].to(wide)
+    # The tokens before the last prompt token predict no answer.
+    targets, of, parts, n = prompts.targets.clone(), torch.full_like(prompts.targets, -1), [], 0
     for example, stop in zip(examples, prompts.offsets[1:].tolist(), strict=True):
         if isinstance(example, TaughtExample):
-            # From the last prompt token on: the tokens before it predict no answer.
-            first = stop - len(example.offsets)
-            mean_rows[first:stop] = example.mean_rows.to(mean_rows)
-            offsets[first:stop] = example.offsets.to(offsets)
-    return VocabularyKL(mean_rows, offsets, prompts.targets >= 0)
+            own = example.distributions
+            first = stop - len(own)
+            of[first:stop] = torch.arange(n, n + len(own))
+            targets[first:stop] = -1
+            parts.append(own)
+            n += len(own)
+    return VocabularyKL(targets, of, Distributions.cat(parts))
 
 
 def _option_objective(

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_laai.opinions import OptionExample
 from tl_laai.tasks import Example, check_count, seeded_order
+from tl_laai.vocabulary import Distributions
 
 
 @runtime_checkable
@@ -112,13 +113,11 @@ class TaughtExample:
 
     Attributes:
         tokens: The prompt, and the answer along which the teacher was asked.
-        mean_rows: Mean row of the unembedding under each distribution, `[n_answer, d_model]`.
-        offsets: Entropy plus mean bias of each distribution, `[n_answer]`, in nats.
+        distributions: One at each token of the answer.
     """
 
     tokens: TokenisedExample
-    mean_rows: Float[Tensor, "n_answer d_model"]
-    offsets: Float[Tensor, " n_answer"]
+    distributions: Distributions
 
 
 def tokenise(

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.decoding import Edit, last_hidden
-from tl_laai.objectives import VocabularyKL, mean_distribution
+from tl_laai.objectives import VocabularyKL
 from tl_laai.prefix import freeze
 from tl_laai.prompts import TokenisedExample, tokenise_prompts
+from tl_laai.vocabulary import mean_distribution
 
 UNRELATED = (
     "The ferry was late again, so we sat on the pier and",
@@ -63,7 +64,7 @@ def next_token_kl(
         name -> KL in nats, one a prompt.
 
     Raises:
-        ValueError: no prompts, or a model that caps its logits.
+        ValueError: no prompts.
     """
     tokens = tokenise_prompts(model, prompts)
     examples = [
@@ -73,9 +74,9 @@ def next_token_kl(
     head = frozen.backend.unembedding()
     with torch.no_grad():
         plain, *edited = last_hidden(frozen, [Edit(), *edits.values()])
-        rows, offsets = mean_distribution(plain[None], head)
-        everywhere = torch.ones(len(prompts), dtype=torch.bool, device=plain.device)
-        target = VocabularyKL(rows, offsets, everywhere)
         which = torch.arange(len(prompts), device=plain.device)
+        target = VocabularyKL(
+            torch.full_like(which, -1), which, mean_distribution(plain[None], head)
+        )
         moved = [target.losses(hidden, which, head).double().cpu() for hidden in edited]
     return dict(zip(edits, moved, strict=True))

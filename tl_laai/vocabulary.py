@@ -1,0 +1,359 @@
+"""Passes over the vocabulary in slices: what a hidden state makes of its tokens, never all at once.
+
+With a vocabulary of hundreds of thousands the logits of a batch do not fit in a cache, and often
+not in memory, so a loss and its gradient with respect to the hidden state are accumulated together
+over slices (as in FlashAttention, Dao et al. 2022): each slice of the unembedding is read once an
+evaluation and no logits are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SLICE_ELEMENTS = 1 << 21
+"""Largest number of logits alive at once; 8 MiB in float32."""
+
+# Sums of exponentials outside these bounds are taken again, relative to the largest logit.
+_SAFE_SUM = (1e-20, 1e30)
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """The map from the last normalised residual to logits: `cap(hidden @ weight.T + bias)`.
+
+    Attributes:
+        weight: `[d_vocab, d_model]`, a view of the model's own memory.
+        bias: `[d_vocab]` or None when it is zero.
+        softcap: logits become `softcap * tanh(logits / softcap)`; None for no cap.
+    """
+
+    weight: Float[Tensor, "d_vocab d_model"]
+    bias: Float[Tensor, " d_vocab"] | None
+    softcap: float | None
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Logits of any shape, capped where the head caps them."""
+        if self.softcap is None:
+            return logits
+        return self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Next-token distributions, averaged over teachers, in the form that a loss needs.
+
+    A loss needs a target p only through the mean logit `sum_v p_v logit_v`. That is linear in the
+    student's hidden state, one vector a token, unless logits are capped: then the teachers' own
+    hidden states are kept, and p is made from them again, slice by slice.
+
+    Attributes:
+        offsets: entropy plus, without a cap, mean bias, `[n]`, in nats; float32 at least.
+        mean_rows: mean row of the unembedding under each p, `[n, d_model]`; None with a cap.
+        teachers: normalised last residuals, `[n, n_teachers, d_model]`; None without a cap.
+        log_totals: log-sum-exp of their logits, `[n, n_teachers]`; None without a cap.
+    """
+
+    offsets: Float[Tensor, " n"]
+    mean_rows: Float[Tensor, "n d_model"] | None = None
+    teachers: Float[Tensor, "n n_teachers d_model"] | None = None
+    log_totals: Float[Tensor, "n n_teachers"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: Tensor | slice) -> Distributions:
+        """Some of them."""
+        some = [t if t is None else t[index] for t in self._tensors()]
+        return Distributions(*cast("list[Any]", some))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Distributions]) -> Distributions:
+        """Those of several, all of one head and of as many teachers, as one."""
+        tensors = zip(*(part._tensors() for part in parts), strict=True)
+        whole = [None if own[0] is None else torch.cat(own) for own in tensors]
+        return cls(*cast("list[Any]", whole))
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.offsets, self.mean_rows, self.teachers, self.log_totals
+
+
+def slice_width(n_tokens: int, d_vocab: int, d_model: int) -> int:
+    """How many vocabulary entries one slice holds: few logits, and a weight slice of ~8 MiB."""
+    width = min(SLICE_ELEMENTS // max(1, n_tokens), SLICE_ELEMENTS // max(1, d_model))
+    return max(1, min(d_vocab, max(512, width)))
+
+
+def _sums(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    needs_gradient: bool,
+    follow_peak: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(peak, sum exp(logits - peak), its gradient in hidden)`, each slice of the weight once.
+
+    The peak is zero unless it is followed: sums of exponentials of logits as language models
+    have them are far from the ends of the floating-point range, and following costs a third of
+    the time that is not spent in matrix products.
+    """
+    n, d = hidden.shape
+    accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    # One column a token: a tall product with a narrow right side is measurably faster here
+    # than a short one with a wide right side.
+    columns = hidden.T.contiguous()
+    # Not -inf: a slice in which a bias of -inf forbids every token would give inf - inf.
+    lowest = torch.finfo(accumulate).min if follow_peak else 0.0
+    peak = hidden.new_full((n,), lowest, dtype=accumulate)
+    total = hidden.new_zeros((n,), dtype=accumulate)
+    pulled = hidden.new_zeros((n, d), dtype=accumulate)
+    width = slice_width(n, weight.shape[0], d)
+    for start in range(0, weight.shape[0], width):
+        part = weight[start : start + width]
+        logits = (part.to(columns) @ columns).to(accumulate)
+        if bias is not None:
+            logits += bias[start : start + width, None]
+        slope = None
+        if softcap is not None:
+            logits = torch.tanh(logits.div_(softcap))
+            slope = 1 - logits.square()
+            logits *= softcap
+        if follow_peak:
+            new_peak = torch.maximum(peak, logits.amax(dim=0))
+            rescale = torch.exp(peak - new_peak)
+            total *= rescale
+            pulled *= rescale[:, None]
+            logits -= new_peak
+            peak = new_peak
+        logits = logits.exp_()
+        total += logits.sum(dim=0)
+        if needs_gradient:
+            if slope is not None:
+                logits *= slope
+            if part.dtype == accumulate:
+                pulled.addmm_(logits.T, part)
+            else:
+                pulled += (logits.T.to(part.dtype) @ part).to(accumulate)
+    return peak, total, pulled
+
+
+class _Unembedded(torch.autograd.Function):
+    """`logsumexp(logits) - <target, logits>` a token and, in the same pass, its gradient.
+
+    The target is a token (`targets`), or a distribution by its mean row of the unembedding
+    (`mean_rows`; its mean bias is the caller's to subtract, and there is no soft cap).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor | None,
+        mean_rows: Tensor | None,
+        softcap: float | None,
+    ) -> Tensor:
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        needs_gradient = hidden.requires_grad
+        source = hidden.detach()
+        rows = (weight[targets] if mean_rows is None else mean_rows).to(accumulate)
+        value = (source.to(accumulate) * rows).sum(-1)
+        if targets is not None and bias is not None:
+            value = value + bias[targets].to(accumulate)
+        if softcap is not None:
+            squashed = torch.tanh(value / softcap)
+            value, rows = softcap * squashed, rows * (1 - squashed.square())[:, None]
+
+        # The exponentials themselves must fit into float16, whose largest number is 65504.
+        narrow = hidden.dtype == torch.float16
+        peak, total, pulled = _sums(source, weight, bias, softcap, needs_gradient, narrow)
+        least, most = _SAFE_SUM
+        if not (narrow or bool(((total > least) & (total < most)).all())):
+            peak, total, pulled = _sums(source, weight, bias, softcap, needs_gradient, True)
+        if needs_gradient:
+            ctx.save_for_backward((pulled / total[:, None] - rows).to(hidden.dtype))
+        return peak + total.log() - value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (grad_outputs[0][:, None] * gradient).to(gradient.dtype), *[None] * 5
+
+
+def cross_entropy(
+    hidden: Float[Tensor, "n d_model"],
+    weight: Float[Tensor, "d_vocab d_model"],
+    targets: Int[Tensor, " n"],
+    *,
+    bias: Float[Tensor, " d_vocab"] | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, " n"]:
+    """Cross-entropy of one target token for each hidden state, in nats.
+
+    Equals `F.cross_entropy(cap(hidden @ weight.T + bias), targets, reduction="none")`; the
+    logits are never held at once. Differentiable in `hidden` only.
+
+    Example:
+        >>> import torch
+        >>> cross_entropy(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3]))
+        tensor([1.3863])
+
+    Args:
+        hidden: normalised last residuals, `[n, d_model]`.
+        weight: unembedding, `[d_vocab, d_model]`, any memory layout.
+        targets: token ids, `[n]`.
+        bias: added to the logits, `[d_vocab]`.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
+
+    Returns:
+        `[n]`, float32 (float64 for float64 inputs).
+    """
+    loss: Tensor = _Unembedded.apply(hidden, weight, bias, targets, None, softcap)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return loss
+
+
+def log_sum_exp_minus(
+    hidden: Float[Tensor, "n d_model"], head: Unembedding, rows: Float[Tensor, "n d_model"]
+) -> Float[Tensor, " n"]:
+    """`logsumexp(logits) - <row, hidden>`, in nats, differentiable in `hidden`.
+
+    Args:
+        hidden: normalised last residuals, `[n, d_model]`.
+        head: the unembedding; its cap is put on the logits and on the product alike.
+        rows: one a token, such as the mean row of the unembedding under a distribution.
+    """
+    loss: Tensor = _Unembedded.apply(hidden, head.weight, head.bias, None, rows, head.softcap)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return loss
+
+
+def capped_mean_logit(
+    hidden: Float[Tensor, "n d_model"], of: Distributions, head: Unembedding
+) -> Float[Tensor, " n"]:
+    """`sum_v p_v cap(logit_v)` of each hidden state, in nats, differentiable in `hidden`.
+
+    Args:
+        hidden: normalised last residuals, `[n, d_model]`.
+        of: p of each, of a head with a cap.
+        head: that head.
+    """
+    mean: Tensor = _CappedMean.apply(hidden, of, head)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return mean
+
+
+class _CappedMean(torch.autograd.Function):
+    """`sum_v p_v cap(logit_v)` and, in the same pass, its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, of: Distributions, head: Unembedding) -> Tensor:
+        assert of.teachers is not None
+        assert of.log_totals is not None
+        assert head.softcap is not None
+        n, n_teachers, _ = of.teachers.shape
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        columns = hidden.detach().T.to(wide)
+        teachers = of.teachers.to(wide).flatten(0, 1).T
+        value = columns.new_zeros(n)
+        pulled = columns.new_zeros(columns.shape)
+        log_totals = of.log_totals.to(wide).flatten()
+        for part, bias in _slices(head, n * (1 + n_teachers), wide):
+            p = head.cap(part @ teachers + bias).sub_(log_totals).exp_()
+            p = p.unflatten(1, (n, n_teachers)).mean(dim=2)
+            logits = head.cap(part @ columns + bias)
+            value += (p * logits).sum(dim=0)
+            slope = 1 - (logits / head.softcap).square()
+            pulled.addmm_(part.T, p.mul_(slope))
+        ctx.save_for_backward(pulled.T.to(hidden.dtype))
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (grad_outputs[0][:, None] * gradient).to(gradient.dtype), None, None
+
+
+def mean_distribution(
+    hidden: Float[Tensor, "n_teachers n d_model"], head: Unembedding
+) -> Distributions:
+    """The average of several next-token distributions, in the form that a loss needs.
+
+    Args:
+        hidden: each teacher's normalised last residual at the same tokens.
+        head: the unembedding.
+    """
+    n_teachers, n, d = hidden.shape
+    flat = hidden.flatten(0, 1)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    peak, total, _ = _sums(flat.to(wide), head.weight, head.bias, head.softcap, False, True)
+    log_totals = peak + total.log()
+    columns = flat.T.to(wide)
+    mean_rows = None if head.softcap else total.new_zeros((n, d))
+    offsets = total.new_zeros(n)
+    for part, bias in _slices(head, len(flat), wide):
+        logits = head.cap(part @ columns + bias)
+        average = logits.sub_(log_totals).exp_().unflatten(1, (n_teachers, n)).mean(dim=1)
+        offsets -= torch.xlogy(average, average).sum(dim=0)
+        if mean_rows is not None:
+            mean_rows += average.T @ part
+            # A bias of -inf forbids a token: it has no share, and 0 * -inf is no number.
+            offsets += torch.where(average > 0, average * bias, 0).sum(dim=0)
+    if mean_rows is not None:
+        return Distributions(offsets, mean_rows)
+    kept = hidden.transpose(0, 1).contiguous()
+    return Distributions(offsets, None, kept, log_totals.unflatten(0, (n_teachers, n)).T)
+
+
+def _slices(
+    head: Unembedding, n_tokens: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slices of the unembedding, `[width, d_model]`, and of its bias, `[width, 1]` or `[1]`."""
+    width = slice_width(n_tokens, *head.weight.shape)
+    none = head.weight.new_zeros(1, dtype=dtype)
+    for start in range(0, head.weight.shape[0], width):
+        bias = none if head.bias is None else head.bias[start : start + width, None].to(dtype)
+        yield head.weight[start : start + width].to(dtype), bias
+
+
+def next_token(
+    hidden: Float[Tensor, "n d_model"],
+    head: Unembedding,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " n"]:
+    """The most probable next token of each hidden state, or one drawn from its distribution.
+
+    Args:
+        hidden: normalised last residuals, `[n, d_model]`.
+        head: the unembedding.
+        generator: of the draws; None for the most probable token. A draw is the largest of the
+            logits with independent Gumbel noise added, which needs no normalisation.
+
+    Returns:
+        Token ids, `[n]`.
+    """
+    # In half precision ties, and noise rounded to zero, would make draws of another distribution.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    best = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=wide)
+    token = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+    width = slice_width(hidden.shape[0], head.weight.shape[0], hidden.shape[1])
+    for start in range(0, head.weight.shape[0], width):
+        logits = (hidden @ head.weight[start : start + width].T).to(wide)
+        if head.bias is not None:
+            logits = logits + head.bias[start : start + width]
+        if generator is not None:
+            logits = head.cap(logits)  # which keeps the order, but not the distances
+            noise = torch.empty_like(logits).exponential_(generator=generator)
+            logits = logits - noise.log_()
+        value, index = logits.max(dim=-1)
+        better = value > best
+        best = torch.where(better, value, best)
+        token = torch.where(better, index + start, token)
+    return token
