@@ -287,8 +287,9 @@ def test_other_hooked_configurations_are_exact(changes: dict[str, Any]) -> None:
     assert_exact(model)
 
 
-def test_a_bridge_with_soft_caps_on_scores_and_logits_is_exact() -> None:
-    assert_exact(tiny_bridge("gemma2"))
+@pytest.mark.parametrize("family", tiny.BRIDGE_ONLY)
+def test_other_families_are_exact_as_a_bridge(family: str) -> None:
+    assert_exact(tiny_bridge(family))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma"])

@@ -29,8 +29,12 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -45,6 +49,7 @@ except ImportError:  # TransformerLens 4 has only the Bridge
     HAS_HOOKED = False
 
 FAMILIES = ("gpt2", "llama", "gemma", "neox", "qwen2")
+BRIDGE_ONLY = ("gemma2", "gptj", "gptneo", "opt", "mistral")
 N_CTX = 128
 SLIDING_WINDOW = 4
 GRID = 2.0**12
@@ -95,7 +100,14 @@ def tiny_config(family: str) -> PreTrainedConfig:
     | gemma | 4 | 4 (1) x 8 | 16 | qk-norm, post norms, windows of 4 on layers 0, 1 and 3 |
     | neox | 3 | 4 x 8 | 32 | attention parallel to the MLP, rotary on a quarter of each head |
     | qwen2 | 3 | 4 (2) x 8 | 32 | grouped queries with query, key and value biases |
-    | gemma2 | 2 | 4 (1) x 8 | 16 | soft caps on attention scores and logits; Bridge only |
+
+    And as a Bridge only:
+
+    | gemma2 | 2 | 4 (1) x 8 | 16 | soft caps on attention scores and logits |
+    | gptj | 3 | 4 x 8 | 32 | rotary tables inside the attention, pairs adjacent, half a head |
+    | gptneo | 2 | 4 x 8 | 32 | scores not scaled, a window of 4 on layer 1 |
+    | opt | 3 | 4 x 8 | 32 | tokens of all rows as one axis inside the block |
+    | mistral | 3 | 4 (2) x 8 | 32 | windows of 4 on every layer |
     """
     shared = {
         "vocab_size": VOCABULARY_SIZE,
@@ -123,6 +135,23 @@ def tiny_config(family: str) -> PreTrainedConfig:
             return Qwen2Config(**grouped)
         case "neox":
             return GPTNeoXConfig(**usual, rotary_pct=0.25, hidden_act="gelu")
+        case "gptj":
+            return GPTJConfig(
+                **shared, n_positions=N_CTX, n_embd=32, n_layer=3, n_head=4, rotary_dim=4
+            )
+        case "gptneo":
+            return GPTNeoConfig(
+                **shared,
+                hidden_size=32,
+                num_layers=2,
+                num_heads=4,
+                attention_types=[[["global", "local"], 1]],
+                window_size=SLIDING_WINDOW,
+            )
+        case "opt":
+            return OPTConfig(**usual, ffn_dim=48, word_embed_proj_dim=32)
+        case "mistral":
+            return MistralConfig(**grouped, sliding_window=SLIDING_WINDOW)
         case "gemma2":
             return Gemma2Config(
                 **{**grouped, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 1},

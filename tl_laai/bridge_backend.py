@@ -19,6 +19,12 @@ class BridgeBackend(Backend):
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self._block_kwargs: dict[int, dict[str, Any]] = {}
         attention: Any = self.attention(0)
+        # GPT-J and CodeGen keep sines and cosines in the attention itself.
+        own_table = getattr(attention.original_component, "embed_positions", None)
+        self._has_own_tables = isinstance(own_table, Tensor)
+        self._adjacent_pairs = self._has_own_tables or bool(
+            getattr(model.cfg, "rotary_adjacent_pairs", False)
+        )
         missing = [name for name in "qkvo" if getattr(attention, name, None) is None]
         if missing:
             raise ValueError(
@@ -38,7 +44,10 @@ class BridgeBackend(Backend):
     def rule(self, layer: int) -> AttentionRule:
         attn: Any = self.attention(layer)
         inner = attn.original_component
-        config = getattr(inner, "config", None)
+        config: Any = getattr(inner, "config", None)
+        if getattr(config, "model_type", None) == "gpt_neo":  # unscaled, windows by another name
+            is_local = config.attention_layers[layer] == "local"
+            return AttentionRule(1.0, None, config.window_size if is_local else None)
         scale = float(getattr(inner, "scaling", None) or self.d_head**-0.5)
         window = getattr(inner, "sliding_window", None)
         if not hasattr(inner, "sliding_window"):
@@ -67,7 +76,7 @@ class BridgeBackend(Backend):
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         size = cos.shape[-1]
         head, rest = x[..., :size], x[..., size:]
-        if getattr(self.model.cfg, "rotary_adjacent_pairs", False):
+        if self._adjacent_pairs:
             cos, sin = (t[..., : size // 2].repeat_interleave(2, dim=-1) for t in (cos, sin))
             flipped = torch.stack((-head[..., 1::2], head[..., 0::2]), dim=-1).flatten(-2)
         else:
@@ -90,6 +99,10 @@ class BridgeBackend(Backend):
             if known is None or known[0].shape[0] < rotary[0].shape[-2]:
                 cos, sin = (t.detach().reshape(-1, *t.shape[-2:])[0] for t in rotary)
                 self._rotary[layer] = (cos, sin)
+        elif self._has_own_tables:
+            attn: Any = self.attention(layer)
+            sin, cos = attn.original_component.embed_positions.chunk(2, dim=-1)
+            self._rotary[layer] = (torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1))
         if layer not in self._block_kwargs:
             # Masks, positions and caches belong to the whole prompt; our attention has its own.
             plain = (bool, int, float, str)

@@ -146,13 +146,23 @@ def freeze(
 
 def _check_no_hooks(model: Any) -> None:
     """Refuse attached hooks: they would see packed tokens, at positions that are not theirs."""
-    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    hooked = [
+        name
+        for name, point in model.hook_dict.items()
+        if not all(map(_passes_on, (*point.fwd_hooks, *point.bwd_hooks)))
+    ]
     if hooked:
         raise ValueError(
             f"model has hooks at {hooked[:3]}, {len(hooked)} in all: they cannot be honoured where "
             "prompts are frozen. Call model.reset_hooks(including_permanent=True), or leave the "
             "block in which an intervention is applied_to it."
         )
+
+
+def _passes_on(handle: Any) -> bool:
+    """Whether a hook is TransformerLens' own, which only hands a tensor to another hook point."""
+    module = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
+    return handle.is_permanent and module.startswith("transformer_lens.")
 
 
 def _common_prefix(examples: Sequence[TokenisedExample]) -> int:
