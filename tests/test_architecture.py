@@ -24,6 +24,7 @@ PACKAGE = ROOT / "tl_laai"
 # rooms never go through it.
 LEVELS = {
     "artifacts": 0,
+    "attention": 0,
     "checkpoints": 0,
     "executors": 0,
     "fingerprints": 0,
@@ -49,11 +50,12 @@ LEVELS = {
     "backends": 3,
     "relaxation": 3,
     "canvas": 4,
-    "prefix": 4,
+    "packing": 4,
     "activations": 5,
     "decoding": 5,
     "engine": 5,
     "heatmaps": 5,
+    "prefix": 5,
     "controls": 6,
     "evaluation": 6,
     "figures": 6,

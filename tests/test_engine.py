@@ -14,7 +14,8 @@ from torch import Tensor
 from tl_laai import objectives
 from tl_laai.backends import backend_of
 from tl_laai.engine import Engine, bytes_per_token, memory_estimate
-from tl_laai.prefix import FrozenPrompts, freeze
+from tl_laai.packing import FrozenPrompts
+from tl_laai.prefix import freeze
 from tl_laai.prompts import TokenisedExample, tokenise
 from tl_laai.tasks import Task
 

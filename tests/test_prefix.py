@@ -8,12 +8,11 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import tiny_model
 
 from tl_laai.interventions import Intervention
-from tl_laai.prefix import FrozenPrompts, Packing, attend, freeze, last_residual, run, visible
+from tl_laai.packing import FrozenPrompts
+from tl_laai.prefix import freeze
 from tl_laai.prompts import TokenisedExample
 
 
@@ -108,118 +107,6 @@ def test_keys_do_not_depend_on_the_company(model: Any, monkeypatch: pytest.Monke
 
 
 # ----------------------------------------------------------------------------------- packing
-
-
-@settings(deadline=None, max_examples=50)
-@given(rows=st.lists(st.integers(0, 4), min_size=1, max_size=12), prompt_only=st.booleans())
-def test_every_token_has_a_place_of_its_own_in_the_grid_of_its_prefix(
-    rows: list[int], prompt_only: bool
-) -> None:
-    prompts = frozen()
-    packing = Packing(prompts, torch.tensor(rows), prompt_only=prompt_only)
-    expected = []
-    for number, row in enumerate(rows):
-        tokens = range(int(prompts.offsets[row]), int(prompts.offsets[row + 1]))
-        kept = tokens[:1] if prompt_only else tokens
-        expected += [(number, step, token) for step, token in enumerate(kept)]
-    got = list(
-        zip(packing.row.tolist(), packing.step.tolist(), packing.token.tolist(), strict=True)
-    )
-    assert got == expected
-    slots = packing.slot.tolist()
-    assert len(set(slots)) == len(slots)
-    u, r, s = packing.grid
-    for slot, (number, step, token) in zip(slots, expected, strict=True):
-        assert slot % s == step
-        assert packing.used[slot // (r * s)] == prompts.prefix_of[rows[number]]
-        assert packing.suffix_position.flatten()[slot] == prompts.positions[token]
-    empty = set(range(u * r * s)) - set(slots)
-    assert all(packing.suffix_position.flatten()[place] > 10**9 for place in empty)
-    last = {number: at for at, (number, _, _) in enumerate(got)}
-    assert packing.last.tolist() == [last[number] for number in range(len(rows))]
-
-
-def test_prefix_positions_end_with_each_prefix() -> None:
-    prompts = frozen()
-    packing = Packing(prompts, torch.tensor([4, 1]))
-    for position, which in zip(packing.prefix_position, packing.used, strict=True):
-        n = int(prompts.prefix_lengths[which])
-        assert position[:n].tolist() == list(range(n))
-        assert bool((position[n:] > 10**9).all())
-
-
-def test_rows_join_at_their_stage() -> None:
-    prompts = frozen()
-    rows, stages = torch.tensor([0, 1, 4, 3]), torch.tensor([0, 1, 1, 2])
-    packing = Packing(prompts, rows, stages, 3)
-    assert packing.n_tokens == [1, 1 + 3 + 4, 1 + 3 + 4 + 1]
-
-
-# ---------------------------------------------------------------------------------- attention
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    query=st.lists(st.integers(0, 9), min_size=1, max_size=4),
-    prefix=st.lists(st.integers(0, 9), max_size=4),
-    suffix=st.lists(st.integers(0, 9), min_size=1, max_size=4),
-    window=st.one_of(st.none(), st.integers(1, 6)),
-)
-def test_a_query_sees_keys_at_or_before_it_within_the_window(
-    query: list[int], prefix: list[int], suffix: list[int], window: int | None
-) -> None:
-    seen = visible(
-        torch.tensor(query)[None, None],
-        torch.tensor(prefix, dtype=torch.long)[None],
-        torch.tensor(suffix)[None, None],
-        window,
-    )[0, 0, 0, :, 0]
-    for i, at in enumerate(query):
-        for j, key in enumerate([*prefix, *suffix]):
-            assert bool(seen[i, j]) == (key <= at and (window is None or at - key < window))
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("n_prefix", [0, 3])
-def test_attention_over_prefix_and_suffix_equals_loops_over_heads_and_keys(
-    softcap: float | None, n_prefix: int
-) -> None:
-    u, r, s, kv, g, d = 2, 3, 2, 2, 2, 4
-    draw = functools.partial(torch.randn, dtype=torch.float64)
-    q = draw(u * r * s, kv * g, d)
-    prefix_keys, prefix_values = draw(u, kv, n_prefix, d), draw(u, kv, n_prefix, d)
-    keys, values = draw(u, r, s, kv, d), draw(u, r, s, kv, d)
-    positions = torch.arange(n_prefix, n_prefix + s).expand(u, r, s)
-    seen = visible(positions, torch.arange(n_prefix).expand(u, -1), positions, None)
-    got = attend((u, r, s), q, prefix_keys, prefix_values, keys, values, seen, 0.3, softcap).view(
-        u, r, s, kv * g, d
-    )
-    for a in range(u):
-        for b in range(r):
-            for c in range(s):
-                for head in range(kv * g):
-                    own = head // g
-                    k = torch.cat([prefix_keys[a, own], keys[a, b, : c + 1, own]])
-                    v = torch.cat([prefix_values[a, own], values[a, b, : c + 1, own]])
-                    scores = 0.3 * k @ q.view(u, r, s, kv * g, d)[a, b, c, head]
-                    if softcap is not None:
-                        scores = softcap * torch.tanh(scores / softcap)
-                    torch.testing.assert_close(got[a, b, c, head], scores.softmax(0) @ v)
-
-
-def test_a_run_stops_where_told_and_ends_with_what_comes_after_the_last_block() -> None:
-    prompts = frozen()
-    prompts.enter_at([1])
-    packing = Packing(prompts, torch.tensor([0, 4]))
-    entries = {1: prompts.residuals[1][packing.token]}
-    with torch.no_grad():
-        whole = dict(run(packing, entries, lambda _, z: z))
-        cut = dict(run(packing, entries, lambda _, z: z, stop=3))
-    assert list(whole) == [1, 2, 3, 4]
-    assert list(cut) == [1, 2, 3]
-    assert torch.equal(cut[3], whole[3])
-    with torch.no_grad():
-        assert torch.equal(last_residual(run(packing, entries, lambda _, z: z)), whole[4])
 
 
 # ----------------------------------------------------------------------- refused, left as found

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.hooking import Position
-from tl_laai.prefix import FrozenPrompts, Packing, last_residual, run
+from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
 from tl_laai.vocabulary import cross_entropy
 
 

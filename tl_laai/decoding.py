@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_laai import objectives
 from tl_laai.backends import Backend
 from tl_laai.hooking import Position
-from tl_laai.prefix import FrozenPrompts, Packing, SuffixCache, last_residual, run
+from tl_laai.packing import FrozenPrompts, Packing, SuffixCache, last_residual, run
 from tl_laai.vocabulary import cross_entropy, next_token
 
 ROWS_AT_ONCE = 512

@@ -28,7 +28,8 @@ from torch import Tensor
 from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
 from tl_laai.evaluation import Evaluation, answer_rows
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
-from tl_laai.prefix import Packing, freeze, last_residual, run
+from tl_laai.packing import Packing, last_residual, run
+from tl_laai.prefix import freeze
 from tl_laai.prompts import (
     DEFAULT_TEMPLATE,
     PromptTemplate,

@@ -1,7 +1,7 @@
 """The engine: loss and gradient of many Deltas at once, on a frozen prefix.
 
 A problem is a layer, a set of examples and a Delta. All problems are evaluated as rows of one
-packed batch (`tl_laai.prefix`), each row entering at its own layer, cut into chunks that bound
+packed batch (`packing.py`), each row entering at its own layer, cut into chunks that bound
 memory. Gradients are taken with respect to the Deltas alone.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from tl_laai.backends import Backend
 from tl_laai.hooking import Position
 from tl_laai.objectives import AnswerCrossEntropy, Objective
-from tl_laai.prefix import FrozenPrompts, Packing, last_residual, run
+from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
 from tl_laai.prompts import TokenisedExample
 
 MAX_TERMS = 16

@@ -18,7 +18,8 @@ from tl_laai.engine import Engine, memory_estimate
 from tl_laai.hooking import Position
 from tl_laai.objectives import AnswerCrossEntropy, Objective, OptionKL, VocabularyKL
 from tl_laai.opinions import OptionExample
-from tl_laai.prefix import FrozenPrompts, freeze
+from tl_laai.packing import FrozenPrompts
+from tl_laai.prefix import freeze
 from tl_laai.prompts import (
     DEFAULT_TEMPLATE,
     PromptTemplate,

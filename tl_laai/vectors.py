@@ -29,7 +29,8 @@ from tl_laai.methods import (
     read,
     read_answers,
 )
-from tl_laai.prefix import FrozenPrompts, freeze
+from tl_laai.packing import FrozenPrompts
+from tl_laai.prefix import freeze
 from tl_laai.prompts import PromptTemplate, tokenise, tokenise_prompts
 from tl_laai.tasks import Example
 

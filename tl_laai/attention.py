@@ -1,0 +1,62 @@
+"""Attention over a frozen prefix and own suffix keys, from queries, keys, values and positions."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def visible(
+    query: Int[Tensor, "u r s"],
+    prefix: Int[Tensor, "u p"],
+    suffix: Int[Tensor, "u r t"],
+    window: int | None,
+) -> Tensor:
+    """Which keys each query sees, bool `[u, 1, r, s, 1, p + t]`, from positions alone."""
+    u, r, _ = query.shape
+    keys = torch.cat([prefix[:, None].expand(u, r, -1), suffix], dim=-1)[:, :, None]
+    distance = query[..., None] - keys
+    seen = distance >= 0
+    if window is not None:
+        seen = seen & (distance < window)
+    return seen[:, None, :, :, None]
+
+
+def attend(
+    packing_grid: tuple[int, int, int],
+    q: Float[Tensor, "places n_heads d_head"],
+    prefix_keys: Float[Tensor, "u n_kv_heads p d_head"],
+    prefix_values: Float[Tensor, "u n_kv_heads p d_head"],
+    keys: Float[Tensor, "u r t n_kv_heads d_head"],
+    values: Float[Tensor, "u r t n_kv_heads d_head"],
+    seen: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Float[Tensor, "places n_heads d_head"]:
+    """Softmax attention of gridded queries over frozen prefix and own suffix keys."""
+    u, r, s = packing_grid
+    kv, p, d = prefix_keys.shape[1:]
+    t, g = keys.shape[2], q.shape[1] // kv
+    grouped = q.view(u, r, s, kv, g, d)
+    to_prefix = grouped.permute(0, 3, 1, 2, 4, 5).reshape(u, kv, r * s * g, d)
+    to_suffix = grouped.permute(0, 1, 3, 2, 4, 5).reshape(u, r, kv, s * g, d)
+    scores = torch.cat(
+        [
+            (to_prefix @ prefix_keys.transpose(-1, -2)).view(u, kv, r, s, g, p),
+            (to_suffix @ keys.permute(0, 1, 3, 4, 2)).view(u, r, kv, s, g, t).transpose(1, 2),
+        ],
+        dim=-1,
+    )
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    accumulate = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    pattern = scores.softmax(dim=-1, dtype=accumulate).to(q.dtype)
+    from_prefix = pattern[..., :p].reshape(u, kv, r * s * g, p) @ prefix_values
+    own = pattern[..., p:].transpose(1, 2).reshape(u, r, kv, s * g, t)
+    from_suffix = own @ values.transpose(2, 3)
+    z = from_prefix.view(u, kv, r, s, g, d).permute(0, 2, 3, 1, 4, 5)
+    z = z + from_suffix.view(u, r, kv, s, g, d).transpose(2, 3)
+    return z.reshape(u * r * s, kv * g, d)
