@@ -16,7 +16,8 @@ from tl_laai.decoding import Edit
 from tl_laai.evaluation import answer_scores, evaluate
 from tl_laai.methods import Method, Setting
 from tl_laai.prompts import tokenise
-from tl_laai.tasks import Example, cross_validation_folds
+from tl_laai.splits import cross_validation_folds
+from tl_laai.tasks import Example
 from tl_laai.vectors import MeanDifference, TaskVector
 
 MORE = (*EXAMPLES, Example("ijk", "ts"), Example("l", "r"))

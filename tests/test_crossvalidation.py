@@ -16,7 +16,7 @@ from tl_laai.distillation import Distillation, teach, weighed
 from tl_laai.evaluation import AnswerRow, Evaluation, evaluate
 from tl_laai.fitting import fit, fit_many, taught_problem
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
-from tl_laai.tasks import cross_validation_folds
+from tl_laai.splits import cross_validation_folds
 
 FOLDS = cross_validation_folds(EXAMPLES, 3, 5)
 EVALUATIONS, LEARNING_RATE = 6, 0.1

@@ -19,7 +19,8 @@ from tl_laai.fitting import fit
 from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.problems import engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample, decoded_answer, tokenise
-from tl_laai.tasks import Example, seeded_order
+from tl_laai.splits import seeded_order
+from tl_laai.tasks import Example
 
 TEMPLATE = PromptTemplate(text="{input}>", answer_prefix="", separator=";", answer_end=".")
 SHOWN = (Example("ab", "x"), Example("c", "yz"), Example("de", "w"))

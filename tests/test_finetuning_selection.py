@@ -15,7 +15,7 @@ from tiny import tiny_hf
 from tl_laai import finetuning_selection
 from tl_laai.finetuning_selection import tune_fine_tuning
 from tl_laai.prompts import tokenise
-from tl_laai.tasks import cross_validation_folds
+from tl_laai.splits import cross_validation_folds
 
 
 def test_the_table_is_complete_and_the_choice_is_its_best_refitted() -> None:

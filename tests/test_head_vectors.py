@@ -21,7 +21,7 @@ from tl_laai.head_vectors import (
 )
 from tl_laai.methods import Setting
 from tl_laai.prompts import DEFAULT_TEMPLATE, tokenise
-from tl_laai.tasks import cross_validation_folds
+from tl_laai.splits import cross_validation_folds
 
 
 @pytest.fixture

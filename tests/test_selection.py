@@ -10,8 +10,6 @@ from typing import Any
 
 import oracle
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tl_laai import selection
 from tl_laai.batches import NonFiniteError
@@ -20,7 +18,7 @@ from tl_laai.evaluation import AnswerRow, Evaluation
 from tl_laai.fitting import fit
 from tl_laai.opinions import OptionExample
 from tl_laai.selection import Candidate, Selection, fit_auto
-from tl_laai.tasks import Example, cross_validation_folds
+from tl_laai.tasks import Example
 
 WORDS = ("ab", "cde", "f", "gh", "ij", "klm", "n")
 EXAMPLES = tuple(Example(word, word[0].upper() + "x" * (i % 2)) for i, word in enumerate(WORDS))
@@ -62,30 +60,6 @@ def told_choice(
 
 def rows_of(chosen: Selection, name: str) -> list[Candidate]:
     return [row for row in chosen.table if row.round == name]
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(4, 30), st.integers(2, 10), st.integers(0, 99))
-def test_folds_are_disjoint_even_and_cover_all_examples(n: int, n_folds: int, seed: int) -> None:
-    examples = [Example(str(i), "x") for i in range(n)]
-    n_folds = min(n_folds, n)
-    folds = cross_validation_folds(examples, n_folds, seed)
-    assert sorted(itertools.chain(*folds)) == list(range(n))
-    assert {len(fold) for fold in folds} <= {n // n_folds, -(-n // n_folds)}
-    assert folds == cross_validation_folds(examples, n_folds, seed)
-
-
-def test_another_seed_deals_other_folds() -> None:
-    assert cross_validation_folds(EXAMPLES, 3, 0) != cross_validation_folds(EXAMPLES, 3, 1)
-
-
-def test_examples_with_the_same_label_are_held_out_together() -> None:
-    labels = [question for question in "abcdefg" for _ in range(3)]
-    folds = cross_validation_folds(labels, 3, 0)
-    assert sorted(itertools.chain(*folds)) == list(range(21))
-    held_out = [{labels[i] for i in fold} for fold in folds]
-    assert [len(fold) for fold in held_out] == [3, 2, 2]
-    assert len(set.union(*held_out)) == 7
 
 
 def test_prompts_of_one_opinion_question_are_held_out_together(model: Any) -> None:

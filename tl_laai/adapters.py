@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tl_laai.checkpoints import find_source, quiet, unknown_model
 from tl_laai.prompts import TokenisedExample
-from tl_laai.tasks import check_count
+from tl_laai.splits import check_count
 from tl_laai.vocabulary import Unembedding, cross_entropy, next_token
 
 Method = Literal["lora", "ia3"]

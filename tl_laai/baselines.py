@@ -20,7 +20,8 @@ from tl_laai.evaluation import Evaluation, answer_scores, evaluate, evaluate_edi
 from tl_laai.head_vectors import InferenceTimeIntervention, LearntHeads
 from tl_laai.methods import Method, Setting
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
-from tl_laai.tasks import Example, cross_validation_folds
+from tl_laai.splits import cross_validation_folds
+from tl_laai.tasks import Example
 from tl_laai.vectors import FunctionVector, InContextVector, MeanDifference, TaskVector
 
 # Default grids were widened until what cross-validation chose from ten examples of eight rule tasks

@@ -39,7 +39,8 @@ from tl_laai.prompts import (
     tokenise,
     tokenise_prompts,
 )
-from tl_laai.tasks import Example, check_count, seeded_order
+from tl_laai.splits import check_count, seeded_order
+from tl_laai.tasks import Example
 from tl_laai.vocabulary import Distributions, mean_distribution
 
 _TOKENS_AT_ONCE = 512

@@ -43,7 +43,8 @@ from tl_laai.fingerprints import fingerprint
 from tl_laai.models import load_model
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise
-from tl_laai.tasks import Example, check_count
+from tl_laai.splits import check_count
+from tl_laai.tasks import Example
 
 BATCH_SIZE = 16
 WEIGHT_DECAY = 0.01

@@ -16,7 +16,8 @@ import torch
 from tl_laai.adapters import AdapterConfig, Method, adapted, token_losses
 from tl_laai.finetuning import BATCH_SIZE, FineTuned, Training
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
-from tl_laai.tasks import Example, cross_validation_folds
+from tl_laai.splits import cross_validation_folds
+from tl_laai.tasks import Example
 
 # Of eight rule tasks with ten examples (Gemma 3 270M), LoRA chose 3e-4 over 1e-4 in all.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = {"lora": (3e-4, 1e-3), "ia3": (1e-2, 3e-2)}

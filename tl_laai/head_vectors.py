@@ -22,7 +22,8 @@ from tl_laai.penalties import SparseGroupLasso
 from tl_laai.prefix import freeze
 from tl_laai.prompts import PromptTemplate, tokenise
 from tl_laai.solvers import adam
-from tl_laai.tasks import Example, cross_validation_folds
+from tl_laai.splits import cross_validation_folds
+from tl_laai.tasks import Example
 
 PROBE_FOLDS = 5
 PROBE_RIDGE = 0.1

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from tl_laai.opinions import OpinionQuestion, option_examples
 from tl_laai.poll_readers import read_global_opinions, read_jsonl, read_opinionqa
-from tl_laai.tasks import divide, same_input_key
+from tl_laai.splits import divide
+from tl_laai.tasks import same_input_key
 
 if TYPE_CHECKING:
     import datasets

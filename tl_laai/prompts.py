@@ -14,7 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_laai.opinions import OptionExample
-from tl_laai.tasks import Example, check_count, seeded_order
+from tl_laai.splits import check_count, seeded_order
+from tl_laai.tasks import Example
 from tl_laai.vocabulary import Distributions
 
 

@@ -32,7 +32,8 @@ from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.relaxation import LEARNING_RATE
-from tl_laai.tasks import Example, cross_validation_folds
+from tl_laai.splits import cross_validation_folds
+from tl_laai.tasks import Example
 
 _LOG = logging.getLogger("tl_laai")
 

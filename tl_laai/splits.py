@@ -1,0 +1,74 @@
+"""Orders, splits and folds of anything, which a seed alone decides."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def check_count(argument: str, value: object) -> None:
+    """Refuse anything but a non-negative integer, naming the argument."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{argument} must be 0 or more, got {value}")
+
+
+def seeded_order(examples: Iterable[Item], seed: int) -> tuple[Item, ...]:
+    """The examples in an order that the seed alone decides."""
+    # Python promises the same random() from a seed in every version, but not the same shuffle().
+    generator = random.Random(seed)
+    return tuple(sorted(examples, key=lambda _: generator.random()))
+
+
+def cross_validation_folds(labels: Sequence[Hashable], n_folds: int, seed: int) -> list[list[int]]:
+    """Held-out indices of each fold: disjoint, as even as they can be, decided by the seed alone.
+
+    Args:
+        labels: One a thing that may be held out (the examples themselves will do); those with
+            equal labels are held out together.
+        n_folds: At most the number of different labels, or folds are empty.
+        seed: Which folds.
+
+    Raises:
+        ValueError: fewer than two folds.
+    """
+    if n_folds < 2:
+        raise ValueError(f"n_folds is {n_folds}; use at least 2.")
+    distinct = list(dict.fromkeys(labels))
+    # Python promises the same random() from a seed in every version, but not the same shuffle().
+    generator = random.Random(seed)
+    order = sorted(range(len(distinct)), key=lambda _: generator.random())
+    fold_of = {distinct[label]: i % n_folds for i, label in enumerate(order)}
+    return [[i for i, label in enumerate(labels) if fold_of[label] == k] for k in range(n_folds)]
+
+
+def divide(
+    items: Sequence[Item],
+    *,
+    train: int,
+    validation: int = 0,
+    test: int | None = None,
+    seed: int = 0,
+    name: str = "",
+) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
+    """Train, validation and test items of one seeded order, as `Task.split` describes."""
+    check_count("train", train)
+    check_count("validation", validation)
+    check_count("seed", seed)  # random.Random(-1) would repeat random.Random(1)
+    if test is not None:
+        check_count("test", test)
+    total = train + validation + (test or 0)
+    if total > len(items):
+        raise ValueError(
+            f"task {name!r} has {len(items)} distinct inputs, fewer than {total} "
+            f"asked for (train={train}, validation={validation}, test={test}); ask for "
+            "fewer, or pass test=None for all that remain"
+        )
+    order = seeded_order(items, seed)
+    back = order[::-1]
+    held_out = len(order) - train - validation if test is None else test
+    return order[:train], back[held_out : held_out + validation], back[:held_out]
