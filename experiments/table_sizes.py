@@ -57,14 +57,19 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
 
 
 def compute(
-    models: list[str], names: list[str], seeds: list[int], dtype: str, device: str | None
+    models: list[str],
+    names: list[str],
+    seeds: list[int],
+    dtype: str,
+    device: str | None,
+    device_map: str | None,
 ) -> None:
     import torch
 
     from tl_laai import load_model
 
     for name in models:
-        model = load_model(name, dtype=getattr(torch, dtype), device=device)
+        model = load_model(name, dtype=getattr(torch, dtype), device=device, device_map=device_map)
         jobs = []
         for seed in seeds:
             for task in tasks(names):
@@ -94,9 +99,10 @@ def main() -> None:
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options.add_argument("--device", help="cpu or cuda; where there is a GPU, that by default")
+    options.add_argument("--device-map", help="auto, for a model that needs several devices")
     a = options.parse_args()
     if not a.from_rows:
-        compute(a.models, a.tasks, a.seeds, a.dtype, a.device)
+        compute(a.models, a.tasks, a.seeds, a.dtype, a.device, a.device_map)
     show(read_rows(FIGURES / f"{NAME}.jsonl"))
 
 

@@ -22,7 +22,9 @@ from tiny import (
 from tl_laai import models
 from tl_laai.checkpoints import BUILT_IN
 from tl_laai.fingerprints import compatible, fingerprint
+from tl_laai.fitting import fit
 from tl_laai.models import check_hook_contract, load_model, make_transposes_contiguous
+from tl_laai.tasks import Example
 
 
 @pytest.fixture
@@ -105,6 +107,16 @@ def test_the_dtype_is_the_one_asked_for(tmp_path: Path, dtype: torch.dtype) -> N
     assert fingerprint(model).dtype == str(dtype).removeprefix("torch.")
 
 
+def test_a_device_map_loads_a_bridge_that_gives_the_same_fit(tmp_path: Path) -> None:
+    place = save_tiny(tmp_path, "llama")
+    options: dict[str, Any] = {"layer": 1, "max_evaluations": 3, "solver": "adam"}
+    fits = [
+        fit(load_model(place, **where), [Example("a", "b"), Example("c", "d")], **options)
+        for where in ({"device": "cpu"}, {"device_map": {"": "cpu"}})
+    ]
+    assert torch.equal(*(own.solution.delta for own in fits))
+
+
 def test_loading_is_silent_and_leaves_logging_and_warnings_as_they_were(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +164,8 @@ def test_a_checkpoint_with_damaged_weights_is_refused(tmp_path: Path) -> None:
         ({"dtype": "float32"}, ValueError, "dtype='float32': allowed are torch.float32"),
         ({"device": "toaster"}, ValueError, "device='toaster' is not available here"),
         ({"device": "cuda:99"}, ValueError, "device='cuda:99' is not available here"),
+        ({"device": "cpu", "device_map": "auto"}, ValueError, "device_map='auto' and device='cpu'"),
+        ({"backend": "hooked", "device_map": "auto"}, ValueError, "and backend='hooked' exclude"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_read(

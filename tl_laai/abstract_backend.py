@@ -125,7 +125,10 @@ class Backend(ABC):
     def final_norm(self, residual: Float[Tensor, "n d_model"]) -> Tensor:
         """The norm before the unembedding."""
         norm = getattr(self.model, "ln_final", None)
-        return residual if norm is None else cast(Tensor, norm(residual[None])[0])
+        if norm is None:
+            return residual
+        device = next(norm.parameters(), residual).device
+        return cast(Tensor, norm(residual[None].to(device))[0]).to(self.device)
 
     def written(
         self,
@@ -140,14 +143,16 @@ class Backend(ABC):
         to `whole` add what `whole` adds.
         """
         with torch.no_grad():
+            device = next(self.attention(layer).parameters()).device
+            part, whole = part.to(device), whole.to(device)
             bias = self.project_z(layer, torch.zeros_like(part))
             out = self.project_z(layer, part) - bias
             norm = getattr(self.model.blocks[layer], "ln1_post", None)
             if norm is None:
-                return out
+                return out.to(self.device)
             gain: Tensor = norm(torch.ones_like(out)[None])[0]  # an RMS norm divides this by one
             size = self.project_z(layer, whole).square().mean(dim=-1, keepdim=True).sqrt()
-            return out * gain / size
+            return (out * gain / size).to(self.device)
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own logits by its own forward, without padding."""
@@ -213,7 +218,7 @@ class Backend(ABC):
         finally:
             for handle in handles:
                 handle.remove()
-        return final[0] if final else torch.empty(0)
+        return final[0].to(self.device) if final else torch.empty(0)
 
     def note_block_call(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the model passes to a block (overridden where blocks need more)."""
@@ -235,7 +240,7 @@ class Backend(ABC):
             raise _StopForward
 
         self.capture(grid, at_block=at_block, at_attention=lambda _, __: None)
-        return found[0][rows, columns]
+        return found[0].to(self.device)[rows, columns]
 
     @contextmanager
     def attending(self, attend: Attend, positions: Sequence[Tensor]) -> Iterator[None]:
@@ -250,9 +255,10 @@ class Backend(ABC):
             def forward(*args: Any, **kwargs: Any) -> Any:
                 x = kwargs.get("query_input", kwargs.get("hidden_states"))
                 x = args[0] if x is None else x
-                q, k, v = self.qkv(layer, x[0], positions[layer])
-                out = self.project_z(layer, attend(layer, q, k, v))
-                return self.attention_output(out[None])
+                # A layer may stand on a device of its own; what is packed does not.
+                own = self.qkv(layer, x[0], positions[layer].to(x.device))
+                z = attend(layer, *(t.to(self.device) for t in own))
+                return self.attention_output(self.project_z(layer, z.to(x.device))[None])
 
             return forward
 

@@ -69,7 +69,10 @@ class BridgeBackend(Backend):
             q = attn.q_norm(q.transpose(0, 1)[None])[0].transpose(0, 1)
             k = attn.k_norm(k.transpose(0, 1)[None])[0].transpose(0, 1)
         if layer in self._rotary:
-            cos, sin = (t[positions, None, :] for t in self._rotary[layer])
+            # The model hands every layer the same tables, on the embedding's device.
+            cos, sin = (
+                t[positions.to(t.device), None, :].to(q.device) for t in self._rotary[layer]
+            )
             q, k = (self._rotate(t, cos, sin) for t in (q, k))
         return q, k, v
 
@@ -127,8 +130,8 @@ class BridgeBackend(Backend):
         text_config = getattr(config, "text_config", config)
         softcap = getattr(text_config, "final_logit_softcapping", None)
         return Unembedding(
-            unembed.weight.detach(),
-            bias.detach() if bias is not None and bool(bias.any()) else None,
+            unembed.weight.detach().to(self.device),
+            bias.detach().to(self.device) if bias is not None and bool(bias.any()) else None,
             softcap,
         )
 

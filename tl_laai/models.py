@@ -42,6 +42,7 @@ def load_model(
     *,
     backend: Backend = "auto",
     device: str | torch.device | None = None,
+    device_map: str | dict[str, str | int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Load a model, frozen and in eval mode, and check that interventions work on it.
@@ -59,6 +60,9 @@ def load_model(
         backend: "hooked" (HookedTransformer), "bridge" (TransformerBridge) or "auto": the first
             where TransformerLens has it and knows the model by an official name.
         device: Where to put the model; None: a GPU if there is one.
+        device_map: Instead of `device`: which module goes to which device, as in Hugging Face
+            `from_pretrained`, for instance "auto"; on a TransformerBridge only. Everything that
+            is fitted stays on the embedding's device. More than one GPU has not been tried.
         dtype: float32, float64, bfloat16 or float16.
 
     Returns:
@@ -75,18 +79,23 @@ def load_model(
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(get_args(Backend))}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(str, DTYPES))}.")
-    where = _checked_device(device)
+    if device_map is not None and (device is not None or backend == "hooked"):
+        other = f"device={device!r}" if device is not None else "backend='hooked'"
+        raise ValueError(
+            f"device_map={device_map!r} and {other} exclude each other: give one of them."
+        )
+    where = _checked_device(device) if device_map is None else None
     source = find_source(name_or_path)
     official_name = _official_name(source)
-    hooked = official_name is not None and backend != "bridge"
+    hooked = official_name is not None and backend != "bridge" and where is not None
     if backend == "hooked" and not hooked:
         raise ValueError(f"backend='hooked': {_why_not_hooked(source)} Use 'bridge' or 'auto'.")
     try:
         with quiet(progress_bars=source.folder is None):
-            if hooked:
+            if hooked and where is not None:
                 model = _load_hooked(source, official_name, where, dtype)
             else:
-                model = _load_bridge(source, where, dtype)
+                model = _load_bridge(source, dtype, device=where, device_map=device_map)
     except (OSError, ValueError, SafetensorError) as error:  # what the loaders raise
         raise ValueError(unknown_model(os.fspath(name_or_path), str(error))) from error
     model.requires_grad_(False)
@@ -181,11 +190,11 @@ def _load_hooked(
     return model
 
 
-def _load_bridge(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_bridge(source: Source, dtype: torch.dtype, **placement: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(
-        str(source.folder or source.name), device=device, dtype=dtype
+        str(source.folder or source.name), dtype=dtype, **placement
     )
 
 

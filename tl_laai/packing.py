@@ -243,7 +243,7 @@ def run(
             if edit_residual is not None:
                 x = edit_residual(layer, x)
             yield layer, x
-            x = backend.call_block(layer, x)
+            x = backend.call_block(layer, x).to(backend.device)
     yield last, x
 
 

@@ -143,9 +143,9 @@ def _prefill(
             def keep(
                 layer: int, x: Tensor, rows: Tensor = rows, positions: Tensor = positions
             ) -> None:
-                _, k, v = backend.qkv(layer, x.flatten(0, 1), positions)
+                _, k, v = backend.qkv(layer, x.flatten(0, 1), positions.to(x.device))
                 for kept, new in ((keys, k), (values, v)):
-                    new = new.unflatten(0, x.shape[:2]).transpose(1, 2).to(backend.dtype)
+                    new = new.unflatten(0, x.shape[:2]).transpose(1, 2).to(kept[layer])
                     kept[layer][rows, :, : x.shape[1]] = new
 
             backend.capture(tokens, at_block=lambda _, __: None, at_attention=keep)
