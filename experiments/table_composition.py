@@ -19,6 +19,7 @@ from common import FIGURES, ROOT, parser, tasks
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
+    MORE,
     Row,
     answer_row,
     by_method,
@@ -135,6 +136,8 @@ def show(rows: list[Row]) -> None:
         if not method.startswith("grid")
     ]
     print(markdown(["exact match, %", *names], lines))
+    print(seeds_of(rows))
+    print(MORE)
     for name in names:
         cells = [
             [f"{a:g}", *(
@@ -142,9 +145,8 @@ def show(rows: list[Row]) -> None:
             )]
             for a in STRENGTHS
         ]  # fmt: skip
-        print(f"\n{name}: weight of the first part down, of the second across\n")
-        print(markdown(["", *(f"{b:g}" for b in STRENGTHS)], cells))
-    print(seeds_of(rows))
+        print(f"{name}: weight of the first part down, of the second across\n")
+        print(markdown(["", *(f"{b:g}" for b in STRENGTHS)], cells) + "\n")
 
 
 def main() -> None:

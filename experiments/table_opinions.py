@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from common import FIGURES, ROOT, parser
-from tables import Row, by_method, markdown, resume
+from tables import MORE, Row, by_method, markdown, resume
 
 from tl_laai.metrics import PairedDifference, paired_bootstrap
 from tl_laai.rows import read_rows
@@ -122,14 +122,18 @@ def show(rows: list[Row], measure: str) -> None:
         cells = [_interval(own[group], None, measure) for group in groups]
         lines.append([method, *(f"{i.difference:.3f} {_between(i)}" for i in cells)])
     print(markdown([f"{measure}, held out", *groups], lines))
+    print(
+        f"\nSeeds {sorted({row['seed'] for row in rows})}; in brackets 95 % bootstrap intervals "
+        "over questions."
+    )
+    print(MORE)
     lines = []
     for ours in ("fitted", "fitted on 8"):
         for other in (method for method in found if method != ours):
             cells = [_interval(found[ours][g], found[other][g], measure) for g in groups]
             own = (f"{i.difference:+.3f} {_between(i)}" for i in cells)
             lines.append([f"{ours} - {other}", *own])
-    print("\n" + markdown(["difference", *groups], lines))
-    print(f"\nSeeds {sorted({row['seed'] for row in rows})}; intervals over questions.")
+    print(markdown(["difference", *groups], lines))
 
 
 def _interval(ours: list[Row], theirs: list[Row] | None, measure: str) -> PairedDifference:

@@ -22,6 +22,7 @@ from common import FIGURES, RULES, parser, tasks
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
+    MORE,
     N_FOLDS,
     Row,
     answer_row,
@@ -218,8 +219,9 @@ def show(rows: list[Row]) -> None:
         "\nIn brackets 95 % bootstrap intervals: of a task over fits, then their examples (those "
         "that several seeds hold out count as several); of the mean, which is over the seeds that "
         "ran for all tasks, over tasks, then examples. 0 to 0 says that no answer was right. KL "
-        "elsewhere: nats by which the next token after unrelated text moves.\n"
+        "elsewhere: nats by which the next token after unrelated text moves."
     )
+    print(MORE)
     for method, own in found.items():
         norms = [row["norm"] for these in own.values() for row in these if "norm" in row]
         if norms:

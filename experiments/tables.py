@@ -14,6 +14,9 @@ from tl_laai.metrics import paired_bootstrap
 
 Row = dict[str, Any]
 
+# What a table's script prints below this line does not stand in the README.
+MORE = "\n---\n"
+
 # A smaller search than fit_auto's default, the same number of folds as the baselines get. Layers,
 # penalty and steps are those that did well on four rule tasks with seed 100.
 STEPS, N_FOLDS, ALPHA, CHOOSING_EVALUATIONS = (15, 30, 60), 2, 0.9, 15
@@ -120,10 +123,17 @@ def difference(ours: Mapping[Any, Row], theirs: Mapping[Any, Row], by: str | Non
 
 def seeds_of(rows: Sequence[Row]) -> str:
     """Which seeds have run, and what the intervals are over."""
-    return (
-        f"\nSeeds {sorted({row['seed'] for row in rows})}; in brackets 95 % bootstrap intervals "
-        "over fits, then their examples."
+    by_task: dict[str, set[int]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], set()).add(row["seed"])
+    seeds = {task: sorted(own) for task, own in by_task.items()}
+    same = len({tuple(own) for own in seeds.values()}) == 1
+    which = (
+        f"Seeds {next(iter(seeds.values()))}"
+        if same
+        else "Seeds: " + ", ".join(f"{task} {own}" for task, own in seeds.items())
     )
+    return f"\n{which}; in brackets 95 % bootstrap intervals over fits, then their examples."
 
 
 def source(task: Any) -> Row:

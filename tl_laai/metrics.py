@@ -265,15 +265,17 @@ def paired_bootstrap(
                 f"{name} has shape {list(other.shape)}, but a has {first.size} scores; "
                 "give one entry a pair, in the same order."
             )
-    differences = first - second
-    members = [differences[labels == label] for label in np.unique(labels)]
+    _, member_of, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    differences = (first - second)[np.argsort(member_of, kind="stable")]
+    starts = np.cumsum(sizes) - sizes
 
     def resample(generator: np.random.Generator) -> float:
-        drawn = [members[i] for i in generator.integers(len(members), size=len(members))]
-        return float(np.concatenate([generator.choice(d, size=d.size) for d in drawn]).mean())
+        drawn = generator.integers(len(sizes), size=len(sizes))
+        drawn = np.repeat(drawn, sizes[drawn])
+        return float(differences[starts[drawn] + generator.integers(sizes[drawn])].mean())
 
     low, high = _interval(resample, level=level, n_resamples=n_resamples, seed=seed)
-    counts = {"n_examples": differences.size, "n_groups": len(members)}
+    counts = {"n_examples": differences.size, "n_groups": len(sizes)}
     options = {"n_resamples": n_resamples, "seed": seed}
     return PairedDifference(float(differences.mean()), low, high, level, **options, **counts)
 
