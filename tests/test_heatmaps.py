@@ -59,6 +59,18 @@ def test_a_weak_delta_beside_a_strong_one_is_pale() -> None:
     assert without.images[0].get_clim() == penalised.images[0].get_clim()
 
 
+@pytest.mark.parametrize("n_panels", [1, 2, 3])
+def test_titles_of_panels_side_by_side_do_not_meet(n_panels: int) -> None:
+    penalties = ("none", "0.6 lambda_max", "0.9 lambda_max, relaxed")[:n_panels]
+    rows = [row for name in penalties for row in delta_rows(some_values(9, 64, 0), name)]
+    axes = delta_heatmaps(rows)
+    figure = axes[0].figure
+    figure.canvas.draw()
+    boxes = [ax._left_title.get_window_extent() for ax in axes]  # type: ignore[attr-defined]  # no public name
+    edges = [box.x0 for box in boxes[1:]] + [figure.bbox.x1]
+    assert all(box.x1 < edge for box, edge in zip(boxes, edges, strict=True))
+
+
 def test_heads_are_hatched_exactly_where_all_entries_are_zero() -> None:
     values = some_values(5, 8, 0)
     values[[1, 4]] = 0.0

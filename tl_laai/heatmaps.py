@@ -71,12 +71,12 @@ def delta_heatmaps(rows: Sequence[Row], axes: Sequence[Axes] | None = None) -> t
             ax.add_patch(hatched((-0.5, place - 0.5), panel.shape[1]))
         counts = sparsity(panel)
         name = "no penalty" if penalty == "none" else penalty
-        ax.set_title(
-            f"{wrap(name, 54 // len(penalties))}\n"
-            f"{counts.n_heads_nonzero} of {count(counts.n_heads, 'head')} left\n"
+        lines = (
+            name,
+            f"{counts.n_heads_nonzero} of {count(counts.n_heads, 'head')} left",
             f"{100 * counts.share_zero:.1f} % of entries zero",
-            loc="left",
         )
+        ax.set_title("\n".join(wrap(line, 54 // len(penalties)) for line in lines), loc="left")
         ax.set_xlabel("dimension")
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         label_axis(ax.yaxis, heads)
