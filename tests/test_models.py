@@ -117,6 +117,12 @@ def test_a_device_map_loads_a_bridge_that_gives_the_same_fit(tmp_path: Path) -> 
     assert torch.equal(*(own.solution.delta for own in fits))
 
 
+@pytest.mark.parametrize("wrong", ["toaster", {"": "toaster"}, {"": 99}, {}])
+def test_a_device_map_that_cannot_be_is_refused_by_name(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(ValueError, match="device_map="):
+        load_model(save_tiny(tmp_path, "llama"), device_map=wrong)
+
+
 def test_loading_is_silent_and_leaves_logging_and_warnings_as_they_were(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

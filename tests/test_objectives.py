@@ -60,8 +60,7 @@ def test_a_model_is_at_no_distance_from_itself(cap: float | None) -> None:
     assert gradient.abs().max() < 1e-13
 
 
-@CAPS
-def test_a_token_that_a_bias_forbids_has_no_share(cap: float | None) -> None:
+def test_a_token_that_a_bias_forbids_has_no_share() -> None:
     hidden, weight, _, bias = draw(3, 17, 4)
     bias[4] = -math.inf
     head = Unembedding(weight, bias, None)
@@ -77,7 +76,7 @@ def test_a_token_that_a_bias_forbids_has_no_share(cap: float | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@CAPS
+@pytest.mark.parametrize("cap", [None, 3.0, 30.0])
 def test_kl_in_narrow_precision_is_near_the_wide_one(cap: float | None, dtype: torch.dtype) -> None:
     hidden, weight, _, bias = draw(3, 50, 6, dtype=dtype)
     found = []
@@ -92,9 +91,19 @@ def test_kl_in_narrow_precision_is_near_the_wide_one(cap: float | None, dtype: t
     (got, gradient), (expected, expected_gradient) = found
     assert got.dtype == torch.float32
     assert gradient.dtype == dtype
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    last_digit = 2 * torch.finfo(dtype).eps  # measured: 0.6 of a digit; float32 1e-6
+    torch.testing.assert_close(
+        gradient.double(), expected_gradient, rtol=last_digit, atol=max(last_digit, 1e-5)
+    )
+
+
+def test_capped_averages_over_different_numbers_of_teachers_are_refused_together() -> None:
+    hidden, weight, _, _ = draw(3, 17, 4)
+    head = Unembedding(weight, None, 3.0)
+    parts = [mean_distribution(hidden.expand(n, -1, -1), head) for n in (1, 3)]
+    with pytest.raises(ValueError, match=r"n_teachers is \[1, 3\]"):
+        Distributions.cat(parts)
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])

@@ -132,6 +132,11 @@ def test_a_leftover_hook_is_refused_even_after_the_model_was_checked(backend: st
         freeze(model, examples)
     model.reset_hooks()
     freeze(model, examples)
+    model.add_perma_hook("blocks.1.hook_resid_post", lambda x, hook: x * 1.5)
+    with pytest.raises(ValueError, match=r"reset_hooks\(including_permanent=True\)"):
+        freeze(model, examples)
+    model.reset_hooks(including_permanent=True)
+    freeze(model, examples)
 
 
 def test_freezing_under_an_applied_intervention_is_refused(backend: str) -> None:
@@ -158,6 +163,11 @@ def test_a_changed_module_that_the_engine_does_not_know_is_refused_by_its_result
     with pytest.raises(ValueError, match="own forward and the frozen-prefix engine differ by"):
         freeze(model, oracle.random_examples([(6, 2)]))
     assert vars(attention)["forward"] is forward
+
+
+def test_a_projection_before_the_unembedding_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"its last norm gives 32 .* its unembedding takes 16"):
+        freeze(tiny_model("bridge", "opt-projected"), oracle.random_examples([(9, 3)]))
 
 
 def test_longer_prompts_than_were_checked_are_checked(backend: str) -> None:

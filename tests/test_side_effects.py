@@ -16,6 +16,14 @@ PROMPTS = ("abc", "d", "efg hi")
 
 
 def test_the_kl_is_that_of_plain_forwards(model: Any) -> None:
+    check_against_plain_forwards(model)
+
+
+def test_the_kl_under_capped_logits_is_that_of_plain_forwards() -> None:
+    check_against_plain_forwards(oracle.shared_model("bridge", "gemma2"))
+
+
+def check_against_plain_forwards(model: Any) -> None:
     delta = oracle.random_delta(model, scale=2.0)
     moved = next_token_kl(model, {"none": Edit(), "some": Edit({1: delta})}, PROMPTS)
     assert moved["none"].abs().max() < 1e-12

@@ -107,6 +107,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     | gptj | 3 | 4 x 8 | 32 | rotary tables inside the attention, pairs adjacent, half a head |
     | gptneo | 2 | 4 x 8 | 32 | scores not scaled, a window of 4 on layer 1 |
     | opt | 3 | 4 x 8 | 32 | tokens of all rows as one axis inside the block |
+    | opt-projected | 3 | 4 x 8 | 32 | a projection before the unembedding: refused |
     | mistral | 3 | 4 (2) x 8 | 32 | windows of 4 on every layer |
     """
     shared = {
@@ -148,8 +149,9 @@ def tiny_config(family: str) -> PreTrainedConfig:
                 attention_types=[[["global", "local"], 1]],
                 window_size=SLIDING_WINDOW,
             )
-        case "opt":
-            return OPTConfig(**usual, ffn_dim=48, word_embed_proj_dim=32)
+        case "opt" | "opt-projected":
+            size = 32 if family == "opt" else 16
+            return OPTConfig(**usual, ffn_dim=48, word_embed_proj_dim=size)
         case "mistral":
             return MistralConfig(**grouped, sliding_window=SLIDING_WINDOW)
         case "gemma2":

@@ -9,7 +9,7 @@ is exact and no padding token is ever computed.
 Limits: decoder-only models whose attention is softmax over (optionally soft-capped, windowed)
 dot products, with learnt or rotary positions. ALiBi, attention sinks, gated attention outputs,
 mixers and encoder-decoders are refused, by name or because the check against the model's own
-forward (`tl_laai.engine`) does not hold.
+forward (`tl_laai.prefix`) does not hold.
 """
 
 from __future__ import annotations

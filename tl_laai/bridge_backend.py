@@ -18,6 +18,7 @@ class BridgeBackend(Backend):
         super().__init__(model)
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self._block_kwargs: dict[int, dict[str, Any]] = {}
+        self._moved_weight: Tensor | None = None  # of an unembedding that stands elsewhere
         attention: Any = self.attention(0)
         # GPT-J and CodeGen keep sines and cosines in the attention itself.
         own_table = getattr(attention.original_component, "embed_positions", None)
@@ -129,11 +130,13 @@ class BridgeBackend(Backend):
         config = self.model.original_model.config
         text_config = getattr(config, "text_config", config)
         softcap = getattr(text_config, "final_logit_softcapping", None)
-        return Unembedding(
-            unembed.weight.detach().to(self.device),
-            bias.detach().to(self.device) if bias is not None and bool(bias.any()) else None,
-            softcap,
-        )
+        weight = unembed.weight.detach()
+        if weight.device != self.device:
+            if self._moved_weight is None:
+                self._moved_weight = weight.to(self.device)
+            weight = self._moved_weight
+        bias = bias.detach().to(self.device) if bias is not None and bool(bias.any()) else None
+        return Unembedding(weight, bias, softcap)
 
     def attention_output(self, out: Tensor) -> Any:
         return out, None

@@ -62,7 +62,8 @@ def load_model(
         device: Where to put the model; None: a GPU if there is one.
         device_map: Instead of `device`: which module goes to which device, as in Hugging Face
             `from_pretrained`, for instance "auto"; on a TransformerBridge only. Everything that
-            is fitted stays on the embedding's device. More than one GPU has not been tried.
+            is fitted stays on the embedding's device. Tested on a simulated second device, not on
+            several GPUs.
         dtype: float32, float64, bfloat16 or float16.
 
     Returns:
@@ -92,11 +93,16 @@ def load_model(
         raise ValueError(f"backend='hooked': {_why_not_hooked(source)} Use 'bridge' or 'auto'.")
     try:
         with quiet(progress_bars=source.folder is None):
-            if hooked and where is not None:
+            if hooked:
+                assert where is not None
                 model = _load_hooked(source, official_name, where, dtype)
             else:
                 model = _load_bridge(source, dtype, device=where, device_map=device_map)
-    except (OSError, ValueError, SafetensorError) as error:  # what the loaders raise
+    except Exception as error:
+        if device_map is not None:  # whose mistakes come as errors of many types
+            raise ValueError(f"device_map={device_map!r}: {error}") from error
+        if not isinstance(error, (OSError, ValueError, SafetensorError)):  # what loaders raise
+            raise
         raise ValueError(unknown_model(os.fspath(name_or_path), str(error))) from error
     model.requires_grad_(False)
     model.eval()

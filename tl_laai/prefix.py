@@ -92,16 +92,18 @@ def freeze(
 
 def _check_no_hooks(model: Any) -> None:
     """Refuse attached hooks: they would see packed tokens, at positions that are not theirs."""
-    hooked = [
-        name
+    found = {
+        name: [h for h in (*point.fwd_hooks, *point.bwd_hooks) if not _passes_on(h)]
         for name, point in model.hook_dict.items()
-        if not all(map(_passes_on, (*point.fwd_hooks, *point.bwd_hooks)))
-    ]
+    }
+    hooked = [name for name, handles in found.items() if handles]
     if hooked:
+        permanent = any(handle.is_permanent for handles in found.values() for handle in handles)
+        reset = "reset_hooks(including_permanent=True)" if permanent else "reset_hooks()"
         raise ValueError(
             f"model has hooks at {hooked[:3]}, {len(hooked)} in all: they cannot be honoured where "
-            "prompts are frozen. Call model.reset_hooks(including_permanent=True), or leave the "
-            "block in which an intervention is applied_to it."
+            f"prompts are frozen. Call model.{reset}, or leave the block in which an intervention "
+            "is applied_to it."
         )
 
 
@@ -173,6 +175,12 @@ def _verify(prompts: FrozenPrompts) -> None:
             tokens, at_block=lambda _, __: None, at_attention=lambda _, __: None
         )[0, -len(ours) :]
         tolerance = 1e-3 if backend.dtype in (torch.float32, torch.float64) else 0.1
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"model {type(prompts.model).__name__}: its last norm gives {ours.shape[-1]} "
+                f"numbers a token and its unembedding takes {theirs.shape[-1]}; what stands "
+                "between them is not known to the engine, so this model cannot be fitted."
+            )
         worst = float((ours - theirs).norm() / theirs.norm())
         if backend.verified_length == 0 and worst <= tolerance:
             head = backend.unembedding()

@@ -134,7 +134,7 @@ def _objective(
             targets[first:stop] = -1
             parts.append(own)
             n += len(own)
-    return VocabularyKL(targets, of, Distributions.cat(parts))
+    return VocabularyKL(targets, of, Distributions.cat(parts).to(targets.device))
 
 
 def _option_objective(

@@ -75,10 +75,25 @@ class Distributions:
 
     @classmethod
     def cat(cls, parts: Sequence[Distributions]) -> Distributions:
-        """Those of several, all of one head and of as many teachers, as one."""
+        """Those of several, all of one head, as one.
+
+        Raises:
+            ValueError: they are averages over different numbers of teachers, of a capped head.
+        """
+        n_teachers = {part.teachers.shape[1] for part in parts if part.teachers is not None}
+        if len(n_teachers) > 1:
+            raise ValueError(
+                f"n_teachers is {sorted(n_teachers)}: where logits are capped, all examples need "
+                "the same number of teachers"
+            )
         tensors = zip(*(part._tensors() for part in parts), strict=True)
         whole = [None if own[0] is None else torch.cat(own) for own in tensors]
         return cls(*cast("list[Any]", whole))
+
+    def to(self, device: torch.device) -> Distributions:
+        """The same on a device."""
+        moved = [t if t is None else t.to(device) for t in self._tensors()]
+        return Distributions(*cast("list[Any]", moved))
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.offsets, self.mean_rows, self.teachers, self.log_totals
@@ -116,8 +131,8 @@ def _sums(
     pulled = hidden.new_zeros((n, d), dtype=accumulate)
     width = slice_width(n, weight.shape[0], d)
     for start in range(0, weight.shape[0], width):
-        part = weight[start : start + width]
-        logits = (part.to(columns) @ columns).to(accumulate)
+        part = weight[start : start + width].to(columns)
+        logits = (part @ columns).to(accumulate)
         if bias is not None:
             logits += bias[start : start + width, None]
         slope = None
@@ -148,7 +163,7 @@ class _Unembedded(torch.autograd.Function):
     """`logsumexp(logits) - <target, logits>` a token and, in the same pass, its gradient.
 
     The target is a token (`targets`), or a distribution by its mean row of the unembedding
-    (`mean_rows`; its mean bias is the caller's to subtract, and there is no soft cap).
+    (`mean_rows`; its mean bias is the caller's to subtract, and under a soft cap it is none).
     """
 
     @staticmethod
