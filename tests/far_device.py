@@ -71,10 +71,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _aten._local_scalar_dense.default:
         return func(*inner_args, **inner_kwargs)
     if far and any(t.dim() and t.numel() for t in tensors if not isinstance(t, FarTensor)):
-        # torch lets indices of the CPU address another device; no other mix.
-        indexed = func is _aten.index.Tensor and isinstance(args[0], FarTensor)
-        if not indexed:
-            raise RuntimeError(f"{func}: tensors on two devices, {[t.shape for t in tensors]}")
+        raise RuntimeError(f"{func}: tensors on two devices, {[t.shape for t in tensors]}")
     out = func(*inner_args, **inner_kwargs)
     if func._schema.is_mutable and isinstance(out, Tensor) and out is _inside(args[0]):
         return args[0]
