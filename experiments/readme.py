@@ -13,7 +13,7 @@ import sys
 from common import ROOT
 from tables import MORE
 
-TABLES = ("rules", "opinions", "composition", "regularisation", "sizes")
+TABLES = ("rules", "opinions", "composition", "regularisation", "sizes", "examples")
 
 
 def printed(name: str) -> str:

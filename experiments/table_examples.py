@@ -89,6 +89,7 @@ def compute(names: list[str], seeds: list[int], sizes: list[int]) -> None:
 
 
 def show(rows: list[Row]) -> None:
+    tables = []
     for task in dict.fromkeys(row["task"] for row in rows):
         found = by_method([row for row in rows if row["task"] == task], "n_train")
         sizes = sorted({row["n_train"] for row in rows})
@@ -96,8 +97,8 @@ def show(rows: list[Row]) -> None:
             [method, *(percent(own[str(n)]) if str(n) in own else "-" for n in sizes)]
             for method, own in found.items()
         ]
-        print(f"{task}, exact match in %\n")
-        print(markdown(["training examples", *map(str, sizes)], lines) + "\n")
+        tables.append(markdown([f"{task}, %", *(f"{n} examples" for n in sizes)], lines))
+    print("\n\n".join(tables))
     print(seeds_of(rows))
 
 
