@@ -18,6 +18,8 @@ import tiny
 import torch
 from torch import Tensor
 
+from tl_laai.packing import FrozenPrompts
+from tl_laai.prefix import freeze
 from tl_laai.prompts import TokenisedExample
 
 LENGTHS = ((6, 1), (9, 3), (1, 2), (4, 1), (13, 4))
@@ -292,3 +294,9 @@ def values_at(model: Any, tokens: Sequence[int], names: Sequence[str]) -> dict[s
             fwd_hooks=[(name, hook_of(name)) for name in names],
         )
     return seen
+
+
+@functools.cache
+def frozen(lengths: tuple[tuple[int, int], ...] = LENGTHS, *, shared: int = 0) -> FrozenPrompts:
+    examples = random_examples(lengths, shared=shared)
+    return freeze(shared_model("bridge", "gemma"), examples, share_prefix=bool(shared))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from heads import draw, narrow_slices, slow_logits
 
+from tl_laai.distributions import Distributions, mean_distribution
 from tl_laai.objectives import OptionKL, VocabularyKL
-from tl_laai.vocabulary import Distributions, Unembedding, mean_distribution
+from tl_laai.vocabulary import Unembedding
 
 CAPS = pytest.mark.parametrize("cap", [None, 3.0])
 

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
-from tl_laai.prefix import freeze
-
-
-@functools.cache
-def frozen(
-    lengths: tuple[tuple[int, int], ...] = oracle.LENGTHS, *, shared: int = 0
-) -> FrozenPrompts:
-    examples = oracle.random_examples(lengths, shared=shared)
-    return freeze(oracle.shared_model("bridge", "gemma"), examples, share_prefix=bool(shared))
+from tl_laai.packing import Packing, last_residual, run
 
 
 @settings(deadline=None, max_examples=50)
@@ -26,7 +15,7 @@ def frozen(
 def test_every_token_has_a_place_of_its_own_in_the_grid_of_its_prefix(
     rows: list[int], prompt_only: bool
 ) -> None:
-    prompts = frozen()
+    prompts = oracle.frozen()
     packing = Packing(prompts, torch.tensor(rows), prompt_only=prompt_only)
     expected = []
     for number, row in enumerate(rows):
@@ -51,7 +40,7 @@ def test_every_token_has_a_place_of_its_own_in_the_grid_of_its_prefix(
 
 
 def test_prefix_positions_end_with_each_prefix() -> None:
-    prompts = frozen()
+    prompts = oracle.frozen()
     packing = Packing(prompts, torch.tensor([4, 1]))
     for position, which in zip(packing.prefix_position, packing.used, strict=True):
         n = int(prompts.prefix_lengths[which])
@@ -60,14 +49,14 @@ def test_prefix_positions_end_with_each_prefix() -> None:
 
 
 def test_rows_join_at_their_stage() -> None:
-    prompts = frozen()
+    prompts = oracle.frozen()
     rows, stages = torch.tensor([0, 1, 4, 3]), torch.tensor([0, 1, 1, 2])
     packing = Packing(prompts, rows, stages, 3)
     assert packing.n_tokens == [1, 1 + 3 + 4, 1 + 3 + 4 + 1]
 
 
 def test_a_run_stops_where_told_and_ends_with_what_comes_after_the_last_block() -> None:
-    prompts = frozen()
+    prompts = oracle.frozen()
     prompts.enter_at([1])
     packing = Packing(prompts, torch.tensor([0, 4]))
     entries = {1: prompts.residuals[1][packing.token]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import oracle
@@ -11,24 +10,14 @@ import torch
 from tiny import tiny_model
 
 from tl_laai.interventions import Intervention
-from tl_laai.packing import FrozenPrompts
 from tl_laai.prefix import freeze
 from tl_laai.prompts import TokenisedExample
-
-
-@functools.cache
-def frozen(
-    lengths: tuple[tuple[int, int], ...] = oracle.LENGTHS, *, shared: int = 0
-) -> FrozenPrompts:
-    examples = oracle.random_examples(lengths, shared=shared)
-    return freeze(oracle.shared_model("bridge", "gemma"), examples, share_prefix=bool(shared))
-
 
 # -------------------------------------------------------------------------------- what is kept
 
 
 def test_suffix_tokens_are_the_last_of_the_prompt_and_the_answer_but_its_last() -> None:
-    prompts = frozen()
+    prompts = oracle.frozen()
     for i, example in enumerate(prompts.examples):
         rows = slice(int(prompts.offsets[i]), int(prompts.offsets[i + 1]))
         assert prompts.tokens[rows].tolist() == [example.prompt[-1], *example.answer[:-1]]
@@ -41,7 +30,7 @@ def test_suffix_tokens_are_the_last_of_the_prompt_and_the_answer_but_its_last() 
 
 
 def test_a_shared_prefix_leaves_the_rest_of_each_prompt_to_the_suffix() -> None:
-    prompts = frozen(((12, 1), (9, 2), (8, 1)), shared=7)
+    prompts = oracle.frozen(((12, 1), (9, 2), (8, 1)), shared=7)
     assert prompts.prefix_lengths.tolist() == [7]
     for i, example in enumerate(prompts.examples):
         rows = slice(int(prompts.offsets[i]), int(prompts.offsets[i + 1]))

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_model
 
+from tl_laai.distributions import mean_distribution
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample, tokenise
 from tl_laai.tasks import Example
-from tl_laai.vocabulary import Unembedding, mean_distribution
+from tl_laai.vocabulary import Unembedding
 
 TEMPLATE = PromptTemplate(answer_prefix="", answer_end="")
 LABELLED = Example("abc", "xy")

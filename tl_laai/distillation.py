@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
+from tl_laai.distributions import Distributions, mean_distribution
 from tl_laai.evaluation import Evaluation, answer_rows
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
 from tl_laai.packing import Packing, last_residual, run
@@ -41,7 +42,6 @@ from tl_laai.prompts import (
 )
 from tl_laai.splits import check_count, seeded_order
 from tl_laai.tasks import Example
-from tl_laai.vocabulary import Distributions, mean_distribution
 
 _TOKENS_AT_ONCE = 512
 

@@ -13,13 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_laai.vocabulary import (
-    Distributions,
-    Unembedding,
-    capped_mean_logit,
-    cross_entropy,
-    log_sum_exp_minus,
-)
+from tl_laai.distributions import Distributions, capped_mean_logit
+from tl_laai.vocabulary import Unembedding, cross_entropy, log_sum_exp_minus
 
 
 class Objective(ABC):

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from tl_laai.backends import backend_of
+from tl_laai.distributions import Distributions
 from tl_laai.engine import Engine, memory_estimate
 from tl_laai.hooking import Position
 from tl_laai.objectives import AnswerCrossEntropy, Objective, OptionKL, VocabularyKL
@@ -29,7 +30,6 @@ from tl_laai.prompts import (
     tokenise_options,
 )
 from tl_laai.tasks import Example
-from tl_laai.vocabulary import Distributions
 
 FitExample: TypeAlias = Example | TaughtExample | OptionExample
 

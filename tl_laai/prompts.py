@@ -13,10 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_laai.distributions import Distributions
 from tl_laai.opinions import OptionExample
 from tl_laai.splits import check_count, seeded_order
 from tl_laai.tasks import Example
-from tl_laai.vocabulary import Distributions
 
 
 @runtime_checkable

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.decoding import Edit, last_hidden
+from tl_laai.distributions import mean_distribution
 from tl_laai.objectives import VocabularyKL
 from tl_laai.prefix import freeze
 from tl_laai.prompts import TokenisedExample, tokenise_prompts
-from tl_laai.vocabulary import mean_distribution
 
 UNRELATED = (
     "The ferry was late again, so we sat on the pier and",
