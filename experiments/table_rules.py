@@ -55,8 +55,8 @@ OTHERS = ("zero-shot", "few-shot", "task-vector", "learnt-heads", "lora", "ia3",
 def fits(model: Any, data: Any, seed: int) -> list[Row]:
     """Prompting, fits with and without penalty, distillation, and controls of the relaxed fit."""
     from tl_laai import FitProblem, evaluate, fit_auto, fit_many
+    from tl_laai.candidates import Candidate
     from tl_laai.controls import permuted_heads, random_direction, shuffled_answers
-    from tl_laai.crossvalidation import Candidate
     from tl_laai.decoding import Edit
     from tl_laai.distillation import Distillation, ask_teacher, prepare
     from tl_laai.evaluation import as_edit, evaluate_edits

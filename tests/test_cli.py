@@ -517,6 +517,15 @@ def test_fit_relaxes_as_often_as_asked(inside: Path, tmp_path: Path) -> None:
     assert "--preset paper sets" in message
 
 
+def test_fit_keeps_to_as_many_heads_as_allowed(inside: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    allowed = {"train": 4, "relax": 2, "out": out, "max-heads": 2, "layer": "auto"}
+    done(*fit_arguments(inside, **allowed))
+    assert 1 <= len(Intervention.from_pretrained(out).heads()) <= 2
+    message = refused(laai(*fit_arguments(inside, **allowed, group=0.1)), 2)
+    assert "--max-heads 2 chooses among --alpha penalties" in message
+
+
 def test_choosing_a_layer_by_an_absolute_penalty_is_refused(inside: Path, tmp_path: Path) -> None:
     arguments = fit_arguments(inside, layer="auto", group=0.1, out=tmp_path / "out")
     assert "--layer auto chooses among --alpha" in refused(laai(*arguments), 2)

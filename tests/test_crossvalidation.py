@@ -11,12 +11,14 @@ import torch
 from test_selection import EXAMPLES
 
 from tl_laai.batches import FitProblem
-from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
+from tl_laai.candidates import Candidate, Trial
+from tl_laai.crossvalidation import CrossValidation
 from tl_laai.distillation import Distillation, teach, weighed
 from tl_laai.evaluation import AnswerRow, Evaluation, evaluate
 from tl_laai.fitting import fit, fit_many, taught_problem
+from tl_laai.problems import engine_for
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
-from tl_laai.splits import cross_validation_folds
+from tl_laai.splits import cross_validation_folds, seeded_order
 
 FOLDS = cross_validation_folds(EXAMPLES, 3, 5)
 EVALUATIONS, LEARNING_RATE = 6, 0.1
@@ -118,6 +120,44 @@ def test_a_folds_teacher_reads_that_folds_training_part_alone(model: Any) -> Non
         (own,) = fit_many(model, [problem], relax_steps=3)
         slow.append(held_out_scores(model, own.intervention.deltas, held_out, endless))
     check(row, *map(list, zip(*slow, strict=True)))
+
+
+def test_distilled_fits_are_scored_by_what_the_teacher_says_to_held_out_inputs(model: Any) -> None:
+    search = search_on(model)
+    grid = [Trial(1, 0.0, "distill", 0.2), Trial(3, 0.0, "distill", 0.2)]
+    rows = search.score_by_teacher("distilled", grid, (2, 3))
+    answered = teach(model, TAUGHT.inputs or (), EXAMPLES)
+    held_out, *kept = seeded_order(answered, TAUGHT.seed)  # three are learnt of, one is not
+    lesson = weighed(kept, EXAMPLES, Distillation(label_share=0.2), (), made_up=False)
+    assert [(row.layer, row.relax_steps) for row in rows] == [(1, 2), (3, 2), (1, 3), (3, 3)]
+    for row in rows:
+        problem = taught_problem(FitProblem(EXAMPLES, row.layer, alpha=0.0), lesson)
+        (own,) = fit_many(model, [problem], relax_steps=row.relax_steps)
+        engine = engine_for(model, [[held_out]], layers=[row.layer])
+        [kl] = engine.losses(own.solution.delta[None], torch.arange(1)).tolist()
+        assert row.fold_losses == pytest.approx((kl,), rel=1e-6)
+        assert row.score() == -row.validation_loss == -row.fold_losses[0]
+        assert (row.validation_probability, row.n_folds) == (None, 1)
+        assert math.isnan(row.standard_error)
+
+
+@pytest.mark.parametrize("max_heads", [1, 2, 3, 4])
+def test_each_layer_keeps_the_setting_that_leaves_the_most_heads_allowed(
+    model: Any, max_heads: int
+) -> None:
+    alphas = (0.95, 0.9, 0.5, 0.3, 0.1, 0.0)
+    slow = []
+    for layer in (1, 3):
+        left = []
+        for alpha in alphas:
+            own = fit(model, EXAMPLES, layer=layer, alpha=alpha, max_evaluations=EVALUATIONS)
+            left.append(len(own.intervention.heads()))
+        allowed = [n if n <= max_heads else 0 for n in left]
+        if max(allowed):
+            slow.append(Trial(layer, alphas[allowed.index(max(allowed))]))
+    grid = [Trial(layer, alpha) for layer in (1, 3) for alpha in alphas]
+    assert slow
+    assert search_on(model).within("heads", grid, max_heads) == slow
 
 
 def test_the_work_told_is_the_cost_foretold(model: Any) -> None:

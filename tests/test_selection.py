@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import oracle
@@ -231,7 +232,7 @@ def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels
     monkeypatch: pytest.MonkeyPatch, is_better: bool
 ) -> None:
     model = oracle.shared_model("bridge", "llama")
-    settings = Distillation(inputs=("m", "no", "pq"))
+    settings = Distillation(inputs=("m", "no", "pq", "rs", "tu", "vw", "xy", "z"))
     told: list[str] = []
     monkeypatch.setattr(selection, "does_better", lambda *_: is_better)
     chosen = fit_auto(
@@ -250,11 +251,19 @@ def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels
         assert not taught
         assert {"final", "refit"} == set(told)
         return
-    assert {(r.layer, r.label_share, r.n_folds) for r in taught} == {
-        (layer, share, 2) for layer in (0, 1) for share in selection.DISTILLED_SHARES
-    }
-    assert chosen.candidate is selection._best_first(taught)[0]
-    assert {"final", "distilled", "refit"} == set(told)
+    by_teacher, mixed = rows_of(chosen, "distilled"), rows_of(chosen, "mixed")
+    assert [*by_teacher, *mixed] == taught
+    # Two of eight inputs are held out.
+    assert [(r.layer, r.label_share, r.relax_steps, r.n_folds) for r in by_teacher] == [
+        (layer, selection.DISTILLED_SHARES[-1], steps, 2) for steps in (3, 4) for layer in (0, 1)
+    ]
+    nearest = min(by_teacher, key=lambda row: row.validation_loss)
+    assert [(r.layer, r.label_share, r.relax_steps, r.n_folds) for r in mixed] == [
+        (nearest.layer, share, nearest.relax_steps, selection.MIXED_FOLDS)
+        for share in selection.DISTILLED_SHARES
+    ]
+    assert chosen.candidate is max(mixed, key=lambda row: row.validation_probability)
+    assert {"final", "distilled", "mixed", "refit"} == set(told)
 
 
 def test_distillation_alone_asks_no_teacher_first() -> None:
@@ -269,6 +278,40 @@ def test_distillation_alone_asks_no_teacher_first() -> None:
     recorded = alone.fit.intervention.provenance["objective"]
     assert recorded["inputs"] == ["m", "no", "pq"]
     assert recorded["label_share"] in selection.DISTILLED_SHARES
+
+
+def test_a_share_of_labels_that_is_given_is_kept() -> None:
+    model = oracle.shared_model("bridge", "llama")
+    settings = Distillation(inputs=("m", "no", "pq"), label_share=0.3)
+    chosen = fit_auto(
+        model, EXAMPLES, layers=[0, 1], objectives=["distill"], distillation=settings,
+        relax_steps=(2,),
+    )  # fmt: skip
+    assert [(row.round, row.layer, row.label_share) for row in chosen.table] == [
+        ("distilled", layer, 0.3) for layer in (0, 1)
+    ]
+    assert chosen.fit.intervention.provenance["objective"]["label_share"] == 0.3
+
+
+@pytest.mark.parametrize("objective", ["answers", "distill"])
+def test_no_more_heads_are_left_than_allowed(model: Any, objective: Any) -> None:
+    told: list[tuple[str, int, int]] = []
+    options: Any = {
+        "layers": [1, 3], "max_heads": 2, "n_folds": 2, "relax_steps": (2,), "max_evaluations": 4,
+        "objectives": [objective],
+        "distillation": Distillation(inputs=("m", "no", "pq"), label_share=0.3),
+    }  # fmt: skip
+    chosen = fit_auto(model, EXAMPLES, **options, progress=lambda *state: told.append(state))
+    assert 1 <= len(chosen.fit.intervention.heads()) <= 2
+    assert {row.alpha for row in chosen.table} <= set(selection.SPARSE_ALPHAS)
+    assert told[0][0] == "heads"
+    assert all(before[1] <= after[1] <= after[2] for before, after in pairwise(told))
+    with pytest.raises(
+        ValueError, match=r"max_heads is 2, and none of alphas \[0\.0\] leaves 1 to 2"
+    ):
+        fit_auto(model, EXAMPLES, **options, alphas=[0.0])
+    with pytest.raises(ValueError, match="max_heads is 0; give 1 to 4"):
+        fit_auto(model, EXAMPLES, **options | {"max_heads": 0})
 
 
 def test_finalists_are_not_neighbours_while_there_are_others() -> None:

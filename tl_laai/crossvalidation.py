@@ -3,93 +3,38 @@
 Labelled answers are scored by their probability, the whole answer's, averaged over the held-out
 examples: the exact match to be expected if the model's answers were drawn instead of decoded. It
 follows exact match, but moves before an answer is right. The cross-entropy, told beside it,
-does not: one held-out answer of a probability near zero outweighs nine that are right. Of distilled
-fits the end of an answer is not scored, since teachers end answers in their own way. Opinion
+does not: one held-out answer of a probability near zero outweighs nine that are right. Opinion
 questions are scored by what they are fitted by, the KL from the group.
+
+Distilled fits are scored in two ways. How near they come to the teacher on inputs that were held
+out from them says which layer and how many steps; no label is needed for that, and the teacher
+reads all examples. What share the labels should have, only labels can say: there each fold's
+teacher reads that fold's training part alone, and the end of an answer is not scored, since
+teachers end answers in their own way.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tl_laai.batches import Fit, FitBatch, FitProblem
+from tl_laai.candidates import Candidate, Trial, candidates_of
 from tl_laai.decoding import Edit
-from tl_laai.distillation import Distillation, Lesson, teach, weighed
+from tl_laai.distillation import Distillation
 from tl_laai.evaluation import AnswerRow, Evaluation, answer_scores, evaluate_edits
-from tl_laai.fitting import ObjectiveName, fit_many, taught_problem
+from tl_laai.fitting import fit_many, taught_problem
 from tl_laai.hooking import Position
-from tl_laai.made_up_inputs import make_up_inputs
+from tl_laai.lessons import Lessons
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample, engine_for
-from tl_laai.prompts import PromptTemplate
+from tl_laai.prompts import PromptTemplate, TaughtExample
 from tl_laai.tasks import Example
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A setting that is tried on every fold.
-
-    Attributes:
-        layer: the edited layer.
-        alpha: the group weight as a share of each fit's own `lambda_max`.
-        objective: `answers` or `distill`.
-        label_share: weight of the labelled answers in a distilled fit.
-    """
-
-    layer: int
-    alpha: float
-    objective: ObjectiveName = "answers"
-    label_share: float = 0.0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One row of the validation table.
-
-    Attributes:
-        layer: the edited layer.
-        alpha: the group weight as a share of each fit's own `lambda_max`.
-        round: `screening` (brief fits, few folds), `final`, or `distilled`.
-        validation_loss: held-out cross-entropy (opinions: KL) in nats, mean over folds.
-        standard_error: of that mean over folds.
-        validation_probability: of held-out answers, mean over folds; None for opinions.
-        n_heads: mean number of non-zero heads.
-        fold_losses: of each fold that was fitted.
-        fold_scores: what is compared, the larger the better: the probability of the answers, or
-            the loss with its sign turned.
-        objective: `answers` or `distill`.
-        label_share: weight of the labelled answers in a distilled fit.
-        relax_steps: steps of the relaxed fit; 0 for the penalised one itself.
-    """
-
-    layer: int
-    alpha: float
-    round: str
-    validation_loss: float
-    standard_error: float
-    validation_probability: float | None
-    n_heads: float
-    fold_losses: tuple[float, ...]
-    fold_scores: tuple[float, ...]
-    objective: ObjectiveName = "answers"
-    label_share: float = 0.0
-    relax_steps: int = 0
-
-    @property
-    def n_folds(self) -> int:
-        """How many folds were fitted."""
-        return len(self.fold_losses)
-
-    def score(self) -> float:
-        """Mean score over folds; minus infinity where it is not a number."""
-        mean = sum(self.fold_scores) / len(self.fold_scores)
-        return -math.inf if math.isnan(mean) else mean
 
 
 @dataclass
@@ -108,7 +53,7 @@ class CrossValidation:
         max_memory: GiB that one chunk of rows may take above the model.
         progress: called with `(what, work done, work in all)`.
         distillation: settings of distilled fits.
-        n_inputs: how many of their inputs are used while choosing.
+        n_inputs: of how many of their inputs they learn, at most, until one is chosen.
         work: loss-and-gradient evaluations in all, at most.
     """
 
@@ -126,8 +71,12 @@ class CrossValidation:
     n_inputs: int
     work: int = 0
     _done: int = 0
-    _made_up: tuple[str, ...] = ()
     _deltas: dict[Candidate, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def _lessons(self) -> Lessons:
+        labelled, settings = cast("Sequence[Example]", self.examples), self.distillation
+        return Lessons(self.model, labelled, settings, self.template, self.n_inputs)
 
     def tell(self, name: str, evaluations: int) -> None:
         """Count work that was done, and tell of it."""
@@ -157,7 +106,9 @@ class CrossValidation:
         limit = self.max_evaluations if max_evaluations is None else max_evaluations
         known = [[e for i, e in enumerate(self.examples) if i not in out] for out in folds]
         asked = [[self.examples[i] for i in out] for out in folds]
-        lessons = self._lessons(known, {t.label_share for t in grid if t.objective == "distill"})
+        shares = {trial.label_share for trial in grid if trial.objective == "distill"}
+        labelled = cast("list[list[Example]]", known)
+        lessons = self._lessons.of_folds(labelled, shares) if shares else {}
         problems = []
         for trial in grid:
             for k, part in enumerate(known):
@@ -165,6 +116,69 @@ class CrossValidation:
                 if trial.objective == "distill":
                     problem = taught_problem(problem, lessons[k, trial.label_share])
                 problems.append(problem)
+        found = self._fit(name, problems, relax_steps, limit)
+        self._done = before + self.cost(grid, n_folds, relax_steps, limit)
+        candidates = []
+        for steps, deltas in found.items():
+            own = deltas.unflatten(0, (len(grid), len(folds)))
+            losses, probabilities = self._held_out(grid, own.nan_to_num(), asked)
+            rows = candidates_of(name, grid, steps, own, losses, probabilities)
+            self._deltas |= dict(zip(rows, own.nan_to_num(), strict=True))
+            candidates += rows
+        return candidates
+
+    def score_by_teacher(
+        self, name: str, grid: Sequence[Trial], relax_steps: Sequence[int]
+    ) -> list[Candidate]:
+        """Rows of a grid of distilled fits, by the KL from the teacher on held-out inputs.
+
+        Args:
+            name: of the round.
+            grid: what is tried, fitted on all examples and a few of the inputs.
+            relax_steps: as in `score`.
+
+        Raises:
+            NothingTaughtError: the teacher answered fewer than two inputs.
+        """
+        kept, held_out = self._lessons.halves()
+        problems, before = [self._problem(trial, kept) for trial in grid], self._done
+        found = self._fit(name, problems, relax_steps, self.max_evaluations)
+        self._done = before + self.cost(grid, 1, relax_steps)
+        candidates = []
+        for steps, deltas in found.items():
+            everywhere = deltas.nan_to_num()[:, None].expand(-1, len(held_out), -1, -1)
+            losses = self._losses(grid, everywhere, [[example] for example in held_out])
+            candidates += candidates_of(name, grid, steps, deltas[:, None], losses, None)
+        return candidates
+
+    def within(self, name: str, grid: Sequence[Trial], max_heads: int) -> list[Trial]:
+        """Of each layer's trials, the one that leaves the most heads up to `max_heads`.
+
+        Args:
+            name: of the round.
+            grid: what is fitted, on all examples; where two leave as many, the first is taken.
+            max_heads: the most heads that may be left.
+
+        Returns:
+            At most one trial a layer: none where all of a layer's leave more heads, or none.
+        """
+        problems, before = [self._problem(trial) for trial in grid], self._done
+        found = self._fit(name, problems, (), self.max_evaluations)[0]
+        self._done = before + self.cost(grid, 1, ())
+        taken: dict[int, tuple[int, Trial]] = {}
+        for trial, n_heads in zip(grid, (found.norm(dim=-1) > 0).sum(dim=-1).tolist(), strict=True):
+            if taken.get(trial.layer, (0, trial))[0] < n_heads <= max_heads:
+                taken[trial.layer] = n_heads, trial
+        return [trial for _, trial in taken.values()]
+
+    def _fit(
+        self,
+        name: str,
+        problems: Sequence[FitProblem],
+        relax_steps: Sequence[int],
+        max_evaluations: int,
+    ) -> Mapping[int, Tensor]:
+        """All fits as one batch: number of relaxed steps (0 for none) -> deltas."""
         batch = FitBatch(
             self.model,
             problems,
@@ -177,48 +191,15 @@ class CrossValidation:
             self.tell(name, state.n_active)
 
         if relax_steps:
-            found = batch.relaxed(
+            return batch.relaxed(
                 steps=max(relax_steps),
                 at=relax_steps,
-                max_evaluations=limit,
+                max_evaluations=max_evaluations,
                 learning_rate=self.learning_rate,
                 callback=callback,
             ).iterates
-        else:
-            solutions = batch.solve(max_evaluations=limit, callback=callback)
-            found = {0: torch.stack([solution.delta for solution in solutions])}
-        self._done = before + self.cost(grid, n_folds, relax_steps, limit)
-        candidates = []
-        for steps, deltas in found.items():
-            own = deltas.unflatten(0, (len(grid), len(folds)))
-            diverged = ~own.isfinite().flatten(2).all(dim=-1).cpu()
-            own = own.nan_to_num()
-            losses, probabilities = self._held_out(grid, own, asked)
-            losses = losses.masked_fill(diverged, math.nan)
-            if probabilities is not None:
-                probabilities = probabilities.masked_fill(diverged, math.nan)
-            scores = -losses if probabilities is None else probabilities
-            heads = (own.norm(dim=-1) > 0).sum(-1).double().cpu()
-            for i, trial in enumerate(grid):
-                candidate = Candidate(
-                    layer=trial.layer,
-                    alpha=trial.alpha,
-                    round=name,
-                    validation_loss=float(losses[i].mean()),
-                    standard_error=float(losses[i].std(correction=1) / len(folds) ** 0.5),
-                    validation_probability=(
-                        None if probabilities is None else float(probabilities[i].mean())
-                    ),
-                    n_heads=float(heads[i].mean()),
-                    fold_losses=tuple(losses[i].tolist()),
-                    fold_scores=tuple(scores[i].tolist()),
-                    objective=trial.objective,
-                    label_share=trial.label_share,
-                    relax_steps=steps,
-                )
-                self._deltas[candidate] = own[i]
-                candidates.append(candidate)
-        return candidates
+        solutions = batch.solve(max_evaluations=max_evaluations, callback=callback)
+        return {0: torch.stack([solution.delta for solution in solutions])}
 
     def cost(
         self,
@@ -238,18 +219,7 @@ class CrossValidation:
     ) -> tuple[Tensor, Tensor | None]:
         """Losses and probabilities on the held-out parts, `[n_trials, n_folds]` each."""
         if all(isinstance(e, OptionExample) for part in asked for e in part):
-            validation = engine_for(
-                self.model,
-                [part for _ in grid for part in asked],
-                layers=[trial.layer for trial in grid for _ in asked],
-                position=self.position,
-                template=self.template,
-                max_memory=self.max_memory,
-            )
-            flat = deltas.flatten(0, 1)
-            everyone = torch.arange(len(flat), device=flat.device)
-            losses = validation.losses(flat, everyone).double().cpu()
-            return losses.view(len(grid), len(asked)), None
+            return self._losses(grid, deltas, asked), None
         is_taught = any(trial.objective == "distill" for trial in grid)
         template = replace(self.template, answer_end="") if is_taught else self.template
         loss, probability = [], []
@@ -264,6 +234,22 @@ class CrossValidation:
             probability.append(found[1].mean(dim=1))
         return torch.stack(loss, dim=1), torch.stack(probability, dim=1)
 
+    def _losses(
+        self, grid: Sequence[Trial], deltas: Tensor, asked: Sequence[Sequence[FitExample]]
+    ) -> Tensor:
+        """What is minimised, on other examples than it was on: `[n_trials, n_parts]`, float64."""
+        engine = engine_for(
+            self.model,
+            [part for _ in grid for part in asked],
+            layers=[trial.layer for trial in grid for _ in asked],
+            position=self.position,
+            template=self.template,
+            max_memory=self.max_memory,
+        )
+        flat = deltas.flatten(0, 1)
+        losses = engine.losses(flat, torch.arange(len(flat), device=flat.device))
+        return losses.double().cpu().view(len(grid), len(asked))
+
     def answers(self, candidate: Candidate) -> Evaluation:
         """How each fold's fit of a candidate answers the examples that were held out from it."""
         rows: list[AnswerRow] = []
@@ -273,62 +259,18 @@ class CrossValidation:
             rows += evaluate_edits(self.model, asked, edits, template=self.template)["it"].rows
         return Evaluation(tuple(rows))
 
-    def _lessons(
-        self, known: Sequence[Sequence[FitExample]], shares: set[float]
-    ) -> dict[tuple[int, float], Lesson]:
-        """Each fold's lesson at each label share; its teacher reads that fold's examples alone."""
-        if not shares:
-            return {}
-        inputs = self._inputs()[: self.n_inputs]
-        return {
-            (k, share): lesson
-            for k, part in enumerate(known)
-            for share, lesson in self._taught(part, inputs, shares).items()
-        }
-
-    def _taught(
-        self, examples: Sequence[FitExample], inputs: tuple[str, ...], shares: set[float]
-    ) -> dict[float, Lesson]:
-        """The lesson at each label share, from one round of teaching."""
-        labelled, settings = cast("Sequence[Example]", examples), self.distillation
-        taught = teach(
-            self.model,
-            inputs,
-            labelled,
-            template=self.template,
-            n_teachers=settings.n_teachers,
-            seed=settings.seed,
-        )
-        made_up = settings.inputs is None
-        return {
-            share: weighed(
-                taught, labelled, replace(settings, label_share=share), inputs, made_up=made_up
-            )
-            for share in shares
-        }
-
-    def _inputs(self) -> tuple[str, ...]:
-        """The user's inputs, or those that the model makes up from all examples, once."""
-        if self.distillation.inputs is not None:
-            return self.distillation.inputs
-        if not self._made_up:
-            self._made_up = make_up_inputs(
-                self.model,
-                cast("Sequence[Example]", self.examples),
-                self.distillation.n_inputs,
-                template=self.template,
-                seed=self.distillation.seed,
-            )
-        return self._made_up
+    def _problem(self, trial: Trial, taught: Sequence[TaughtExample] = ()) -> FitProblem:
+        """A trial on all examples; distilled from some of what the teacher answered, or all."""
+        problem = FitProblem(self.examples, trial.layer, None, trial.alpha, self.l1_ratio)
+        if trial.objective == "answers":
+            return problem
+        return taught_problem(problem, self._lessons.whole(trial.label_share, taught))
 
     def refit(self, chosen: Candidate, origin: dict[str, Any]) -> Fit:
         """The choice, fitted on all examples for as long as it was on each fold."""
-        problem = FitProblem(
-            self.examples, chosen.layer, None, chosen.alpha, self.l1_ratio, None, origin
-        )
-        if chosen.objective == "distill":
-            lessons = self._taught(self.examples, self._inputs(), {chosen.label_share})
-            problem = taught_problem(problem, lessons[chosen.label_share])
+        trial = Trial(chosen.layer, chosen.alpha, chosen.objective, chosen.label_share)
+        problem = self._problem(trial)
+        problem = replace(problem, provenance={**origin, **problem.provenance})
         (fitted,) = fit_many(
             self.model,
             [problem],

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tl_laai.batches import Fit
-    from tl_laai.crossvalidation import Candidate
+    from tl_laai.candidates import Candidate
     from tl_laai.distillation import Distillation
-    from tl_laai.fitting import ObjectiveName
+    from tl_laai.objectives import ObjectiveName
     from tl_laai.penalties import SparseGroupLasso
     from tl_laai.prompts import PromptTemplate
     from tl_laai.tasks import Example
@@ -72,6 +72,10 @@ def fit(
         ),
     ] = None,
     l1_ratio: Annotated[float, typer.Option(min=0, help="With --alpha: l1 / group.")] = 0.0,
+    max_heads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Choose among fits that leave at most so many heads."),
+    ] = None,
     objective: Annotated[
         Objective,
         typer.Option(help="answers; distill: the model's own few-shot answers; auto: validated."),
@@ -130,7 +134,13 @@ def fit(
     fixed = None if layer == "auto" else _layer(layer)
     # Of a relaxed fit at a given layer and penalty, the steps are still to be chosen.
     by_validation = fixed is None or alphas is None or objective == "auto" or preset == "relaxed"
+    by_validation = by_validation or max_heads is not None
     distillation = _distillation(objective, inputs, label_share, seed)
+    if max_heads is not None and (weights or solver == "adam" or penalty == "none"):
+        raise ValueError(
+            f"--max-heads {max_heads} chooses among --alpha penalties, with the proximal solver: "
+            "leave out --group, --l1, --penalty none and --solver adam"
+        )
     if by_validation and (weights is not None or solver == "adam"):
         chosen = "--objective auto" if objective == "auto" else "--layer auto"
         raise ValueError(
@@ -146,9 +156,10 @@ def fit(
     known = record(model, backend, data)
     if by_validation:
         fitted = _fit_auto(
-            loaded, data.train, fixed, alphas, known, l1_ratio=l1_ratio, position=position,
-            template=prompt, objective=objective, distillation=distillation, relax=relax,
-            max_evaluations=max_evaluations, learning_rate=learning_rate, seed=seed, quiet=json,
+            loaded, data.train, fixed, alphas, known, l1_ratio=l1_ratio, max_heads=max_heads,
+            position=position, template=prompt, objective=objective, distillation=distillation,
+            relax=relax, max_evaluations=max_evaluations, learning_rate=learning_rate, seed=seed,
+            quiet=json,
         )  # fmt: skip
     else:
         title = f"Fitting layer {layer} on {train} examples"
@@ -248,6 +259,7 @@ def _fit_auto(
     provenance: dict[str, Any],
     *,
     l1_ratio: float,
+    max_heads: int | None,
     position: Position,
     template: PromptTemplate,
     objective: Objective,
@@ -269,6 +281,7 @@ def _fit_auto(
             layers=None if layer is None else [layer],
             alphas=None if alphas is None else alphas or [0.0],
             l1_ratio=l1_ratio,
+            max_heads=max_heads,
             objectives=("answers", "distill") if objective == "auto" else (objective,),
             distillation=distillation,
             relax_steps=steps,
@@ -293,7 +306,7 @@ def _fit_auto(
                 f"{c.alpha:g}",
                 str(c.relax_steps or "-"),
                 c.objective + (f" + {c.label_share:g}" if c.label_share else ""),
-                f"{c.score():.1%}",
+                "-" if c.validation_probability is None else f"{c.validation_probability:.1%}",
                 f"{c.validation_loss:.3f} ± {c.standard_error:.3f}",
                 f"{c.n_heads:.1f}",
                 "chosen" if c is chosen.candidate else "",

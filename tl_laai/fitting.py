@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from tl_laai.batches import Fit, FitBatch, FitProblem, Solver
 from tl_laai.distillation import Distillation, Lesson, prepare
 from tl_laai.hooking import Position
+from tl_laai.objectives import ObjectiveName
 from tl_laai.penalties import SparseGroupLasso
 from tl_laai.problems import FitExample
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.relaxation import LEARNING_RATE
 from tl_laai.tasks import Example
-
-ObjectiveName = Literal["answers", "distill"]
 
 
 def fit(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from tl_laai.distributions import Distributions, capped_mean_logit
 from tl_laai.vocabulary import Unembedding, cross_entropy, log_sum_exp_minus
+
+ObjectiveName = Literal["answers", "distill"]
 
 
 class Objective(ABC):

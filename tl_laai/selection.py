@@ -8,8 +8,8 @@ Distillation (`tl_laai.distillation`) is taken where the teacher itself, asked e
 the others, answers more of them right than the best fit on labels does of those held out from it;
 where both are level, the answers' probability decides, which alone would not do: fits are sure of
 their answers, teachers are not. Distilled fits on folds would say less: their teachers read few
-examples, and they are tried on few inputs. Among distilled fits folds decide, and each fold's
-teacher reads that fold's training part alone.
+examples, and they are tried on few inputs. Among distilled fits the teacher's answers to inputs
+that were held out decide on layer and steps, then folds of the labels on their share.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any, cast
 
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit, NonFiniteError
-from tl_laai.crossvalidation import Candidate, CrossValidation, Trial
+from tl_laai.candidates import Candidate, Trial
+from tl_laai.crossvalidation import CrossValidation
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import Evaluation
-from tl_laai.fitting import ObjectiveName
 from tl_laai.hooking import Position
 from tl_laai.made_up_inputs import NothingTaughtError
+from tl_laai.objectives import ObjectiveName
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
@@ -37,8 +38,10 @@ from tl_laai.tasks import Example
 
 _LOG = logging.getLogger("tl_laai")
 
-# Of relaxed fits: the fewest heads, or all of them; on four tasks nothing between did better.
+# Of relaxed fits: the fewest heads, or all of them.
 ALPHAS = (0.9, 0.0)
+# What `max_heads` is looked for among.
+SPARSE_ALPHAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 RELAX_STEPS = (15, 30, 45)
 PENALISED_ALPHAS = (0.9, 0.5, 0.25)
 # A penalised fit that only chooses entries need not be followed to its end.
@@ -50,11 +53,11 @@ FINALISTS = 3
 # Brief fits rank early layers too high, and neighbours alike: layers closer to a better one than
 # this share of the model (3 of 18) are left out of the final round.
 SEPARATION = 1 / 6
-# A distilled fit has many inputs: it is tried at fewer layers and penalties, on fewer folds.
 DISTILLED_ALPHAS = (0.0,)
-DISTILLED_SHARES = (0.0, 0.2)
-DISTILLED_STEPS = (30, 45)
-DISTILLED_LAYERS, DISTILLED_FOLDS, DISTILLED_INPUTS = 2, 2, 24
+DISTILLED_STEPS = (30, 45, 60)
+# Layer and steps are chosen at the last of these shares of labels.
+DISTILLED_SHARES = (0.0, 0.5)
+DISTILLED_INPUTS, MIXED_FOLDS = 32, 2  # while choosing
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
@@ -116,6 +119,7 @@ def fit_auto(
     layers: Sequence[int] | None = None,
     alphas: Sequence[float] | None = None,
     l1_ratio: float = 0.0,
+    max_heads: int | None = None,
     relax_steps: Sequence[int] | None = None,
     objectives: Sequence[ObjectiveName] = ("answers",),
     distillation: Distillation | None = None,
@@ -143,14 +147,18 @@ def fit_auto(
         examples: at least four; nothing else is looked at.
         layers: candidate layers; None for all. No more than three skip the screening.
         alphas: candidate group weights, as shares of `lambda_max`; None for `ALPHAS`, for
-            `PENALISED_ALPHAS` where nothing is relaxed, and `DISTILLED_ALPHAS` where distilling.
+            `PENALISED_ALPHAS` where nothing is relaxed, `DISTILLED_ALPHAS` where distilling, and
+            `SPARSE_ALPHAS` with `max_heads`.
         l1_ratio: the l1 weight as a multiple of the group weight.
+        max_heads: of each layer, try only that one of `alphas` which leaves the most heads up to
+            this many when fitted on all examples.
         relax_steps: candidate numbers of steps of the relaxed fit (`tl_laai.relaxation`), all of
             them scored along one run; None for `RELAX_STEPS`, and `DISTILLED_STEPS` where
             distilling; empty for the penalised fits themselves.
         objectives: `answers`, `distill`, or both: distilled where the few-shot prompt answers
             more of the examples right, held out, than the best fit on labels.
-        distillation: of `distill`; its `label_share` is chosen too, unless it is above 0.
+        distillation: of `distill`; its `label_share` is chosen too, by folds, unless it is above
+            0. A quarter of the inputs or more is held out while layer and steps are chosen.
         groups: a label an example: those with the same label are held out together. None holds
             out prompts that ask the same opinion question together, all else one by one.
         n_folds: folds of the final round, at most the number of examples (or of labels).
@@ -177,7 +185,7 @@ def fit_auto(
     candidates = list(dict.fromkeys(candidates))
     taught_steps = DISTILLED_STEPS if relax_steps is None else relax_steps
     relax_steps = RELAX_STEPS if relax_steps is None else relax_steps
-    _check(model, examples, labels, candidates, alphas, relax_steps, objectives)
+    _check(model, examples, labels, candidates, alphas, relax_steps, objectives, max_heads)
     folds = cross_validation_folds(labels, min(n_folds, len(set(labels))), seed)
     if max_evaluations is None:
         max_evaluations = CHOOSING_EVALUATIONS if relax_steps else PENALISED_EVALUATIONS
@@ -190,37 +198,55 @@ def fit_auto(
     screening = [Trial(layer, screened_at) for layer in candidates]
     screening = screening if len(screening) > FINALISTS else []
     brief = (SCREENING_STEPS,) if relax_steps else ()
-    # Two of those that a round has ranked; all of a few that the caller listed.
+    # The best few of those that a round has ranked; all of a few that the caller listed.
     unranked = not screening and "answers" not in objectives
-    n_taught = len(candidates) if unranked else min(DISTILLED_LAYERS, len(candidates))
+    n_finalists = min(FINALISTS, len(candidates))
+    n_taught = len(candidates) if unranked else n_finalists
     n_taught *= "distill" in objectives
-    n_labelled = min(FINALISTS, len(candidates)) * ("answers" in objectives)
+    n_labelled = n_finalists * ("answers" in objectives)
     own_share = search.distillation.label_share
-    shares = (own_share,) if own_share else DISTILLED_SHARES
 
+    if max_heads is not None:
+        alphas = alphas or SPARSE_ALPHAS
     labelled_alphas = alphas or (ALPHAS if relax_steps else PENALISED_ALPHAS)
 
     def labelled(ranked: Sequence[int]) -> list[Trial]:
-        return [
-            Trial(layer, alpha)
-            for layer in sorted(ranked[:n_labelled])
-            for alpha in labelled_alphas
-        ]
+        layers = sorted(ranked[:n_labelled])
+        return [Trial(layer, alpha) for layer in layers for alpha in labelled_alphas]
 
     def taught(ranked: Sequence[int]) -> list[Trial]:
+        layers, share = sorted(ranked[:n_taught]), own_share or DISTILLED_SHARES[-1]
         return [
-            Trial(layer, a, "distill", share)
-            for layer in sorted(ranked[:n_taught])
-            for a in alphas or DISTILLED_ALPHAS
-            for share in shares
+            Trial(layer, alpha, "distill", share)
+            for layer in layers
+            for alpha in alphas or DISTILLED_ALPHAS
         ]
+
+    def mixed(layer: int, alpha: float) -> list[Trial]:
+        shares = () if own_share or not n_taught else DISTILLED_SHARES
+        return [Trial(layer, alpha, "distill", share) for share in shares]
+
+    def within(grid: list[Trial]) -> list[Trial]:
+        if max_heads is None:
+            return grid
+        kept = search.within("heads", grid, max_heads)
+        if not kept:
+            raise ValueError(
+                f"max_heads is {max_heads}, and none of alphas {list(alphas or ())} leaves 1 to "
+                f"{max_heads} heads at layers {sorted({trial.layer for trial in grid})}: allow "
+                "more heads, or give larger alphas, below 1"
+            )
+        return kept
 
     longest = max((*relax_steps, *(taught_steps if n_taught else ())), default=-1)
     refit = max_evaluations + longest + 1
+    final, distilled = labelled(candidates), taught(candidates)
     search.work = (
         search.cost(screening, SCREENING_FOLDS, brief, SCREENING_EVALUATIONS)
-        + search.cost(labelled(candidates), len(folds), relax_steps)
-        + search.cost(taught(candidates), DISTILLED_FOLDS, taught_steps)
+        + search.cost(final, len(folds), relax_steps)
+        + search.cost(distilled, 1, taught_steps)
+        + search.cost(mixed(0, max(alphas or (0.0,))), MIXED_FOLDS, sorted(taught_steps)[-1:])
+        + (max_heads is not None) * search.cost(final + distilled, 1, ())
         + refit
     )
     table: list[Candidate] = []
@@ -230,10 +256,10 @@ def fit_auto(
         ranked = _apart([c.layer for c in _best_first(table)], SEPARATION * n_layers)
     best: Candidate | None = None
     if n_labelled:
-        final = search.score("final", labelled(ranked), len(folds), relax_steps)
-        table += final
-        final = _best_first(final)
-        ranked, best = list(dict.fromkeys(c.layer for c in final)), final[0]
+        rows = search.score("final", within(labelled(ranked)), len(folds), relax_steps)
+        table += rows
+        rows = _best_first(rows)
+        ranked, best = list(dict.fromkeys(c.layer for c in rows)), rows[0]
     held_out = teacher = None
     if best is not None and all(isinstance(example, Example) for example in examples):
         held_out = search.answers(best)
@@ -244,9 +270,14 @@ def fit_auto(
         is_taught = does_better(teacher, held_out)
     if is_taught:
         try:
-            distilled = search.score("distilled", taught(ranked), DISTILLED_FOLDS, taught_steps)
-            table += distilled
-            best = _best_first(distilled)[0]
+            rows = search.score_by_teacher("distilled", within(taught(ranked)), taught_steps)
+            table += rows
+            best = _best_first(rows)[0]
+            if shares := mixed(best.layer, best.alpha):
+                steps = (best.relax_steps,) if taught_steps else ()
+                rows = search.score("mixed", shares, MIXED_FOLDS, steps)
+                table += rows
+                best = _best_first(rows)[0]
         except NothingTaughtError as error:
             if best is None:
                 raise
@@ -300,6 +331,7 @@ def _check(
     alphas: Sequence[float] | None,
     relax_steps: Sequence[int],
     objectives: Sequence[str],
+    max_heads: int | None,
 ) -> None:
     """Refuse what nothing can be chosen from."""
     if len(labels) != len(examples):
@@ -323,6 +355,11 @@ def _check(
     for steps in relax_steps:
         if steps < 1:
             raise ValueError(f"relax_steps holds {steps}; give 1 or more, or leave it empty.")
+    if max_heads is not None and not 1 <= max_heads <= backend_of(model).n_heads:
+        raise ValueError(
+            f"max_heads is {max_heads}; give 1 to {backend_of(model).n_heads}, which is all that a "
+            "layer of this model has, or None."
+        )
     unknown = [name for name in objectives if name not in ("answers", "distill")]
     if unknown or not objectives:
         raise ValueError(f"objectives is {list(objectives)}; give 'answers', 'distill' or both.")

@@ -1,0 +1,121 @@
+"""What the teacher says while distilled fits are chosen among: each question asked once.
+
+The whole teacher reads all labelled examples; a fold's teacher reads that fold's training part
+alone, so that the fold's held-out labels can judge what it teaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from tl_laai.distillation import Distillation, Lesson, teach, weighed
+from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
+from tl_laai.prompts import PromptTemplate, TaughtExample
+from tl_laai.splits import seeded_order
+from tl_laai.tasks import Example
+
+
+@dataclass
+class Lessons:
+    """Lessons of several shares of labels, on all inputs or on a few.
+
+    Attributes:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        examples: labelled; the whole teacher reads all of them.
+        settings: of all lessons, but for their share of labels.
+        template: how inputs become prompts.
+        n_few: how many inputs are a few.
+    """
+
+    model: Any
+    examples: Sequence[Example]
+    settings: Distillation
+    template: PromptTemplate
+    n_few: int
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """The user's inputs, or those that the model makes up from all examples."""
+        if self.settings.inputs is not None:
+            return self.settings.inputs
+        return make_up_inputs(
+            self.model,
+            self.examples,
+            self.settings.n_inputs,
+            template=self.template,
+            seed=self.settings.seed,
+        )
+
+    @cached_property
+    def answered(self) -> tuple[TaughtExample, ...]:
+        """What the whole teacher says to all inputs."""
+        return self._teach(self.examples, self.inputs)
+
+    def whole(self, share: float, taught: Sequence[TaughtExample] = ()) -> Lesson:
+        """All examples, and all that the whole teacher says, or some of it.
+
+        Args:
+            share: of labels.
+            taught: some of `answered`; empty for all.
+        """
+        return self._weighed(taught or self.answered, self.examples, self.inputs, share)
+
+    def halves(self) -> tuple[tuple[TaughtExample, ...], tuple[TaughtExample, ...]]:
+        """A few of the whole teacher's answers to learn from, and others to be held out.
+
+        Returns:
+            At most `n_few` each, in an order that the seed decides; at least a quarter held out.
+
+        Raises:
+            NothingTaughtError: it answered fewer than two inputs.
+        """
+        some = seeded_order(self.answered, self.settings.seed)[: 2 * self.n_few]
+        if len(some) < 2:
+            raise NothingTaughtError(
+                f"inputs are {list(self.inputs)[:5]}, of which the teacher answered {len(some)}: "
+                "choosing among distilled fits needs at least 2, one to hold out"
+            )
+        n_held_out = max(1, len(some) // 4, len(some) - self.n_few)
+        return some[n_held_out:], some[:n_held_out]
+
+    def of_folds(
+        self, known: Sequence[Sequence[Example]], shares: Iterable[float]
+    ) -> dict[tuple[int, float], Lesson]:
+        """Each fold's lesson on a few inputs at each share of labels, by `(fold, share)`.
+
+        Args:
+            known: each fold's training part.
+            shares: of labels.
+        """
+        wanted, few = set(shares), self.inputs[: self.n_few]
+        lessons = {}
+        for k, part in enumerate(known):
+            taught = self._teach(part, few)
+            for share in wanted:
+                lessons[k, share] = self._weighed(taught, part, few, share)
+        return lessons
+
+    def _teach(
+        self, examples: Sequence[Example], inputs: Sequence[str]
+    ) -> tuple[TaughtExample, ...]:
+        return teach(
+            self.model,
+            inputs,
+            examples,
+            template=self.template,
+            n_teachers=self.settings.n_teachers,
+            seed=self.settings.seed,
+        )
+
+    def _weighed(
+        self,
+        taught: Sequence[TaughtExample],
+        examples: Sequence[Example],
+        inputs: Sequence[str],
+        share: float,
+    ) -> Lesson:
+        settings = replace(self.settings, label_share=share)
+        return weighed(taught, examples, settings, inputs, made_up=self.settings.inputs is None)
