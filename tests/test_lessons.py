@@ -15,7 +15,7 @@ from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.prompts import DEFAULT_TEMPLATE
 from tl_laai.splits import seeded_order
 
-INPUTS = tuple("mnopqrstuv")
+INPUTS = tuple("opqrstuvwx")
 
 
 @pytest.fixture
@@ -36,15 +36,21 @@ def test_a_few_answers_are_learnt_of_and_others_held_out(
     model: Any, n_inputs: int, n_few: int, learnt: int, held_out: int
 ) -> None:
     own = lessons_on(model, INPUTS[:n_inputs], n_few)
-    kept, asked = own.halves()
+    kept, asked = own.held_out_split()
     assert (len(kept), len(asked)) == (learnt, held_out)
     names = [e.tokens.input for e in (*asked, *kept)]
     assert names == list(seeded_order(INPUTS[:n_inputs], 4))[: learnt + held_out]
 
 
+def test_what_is_held_out_was_neither_learnt_nor_read(model: Any) -> None:
+    own = lessons_on(model, ("m", "no", "M", EXAMPLES[0].input, "no", "pq"))
+    kept, asked = own.held_out_split()
+    assert sorted(e.tokens.input for e in (*kept, *asked)) == ["m", "no", "pq"]
+
+
 def test_one_answered_input_is_too_few_to_choose_among_distilled_fits(model: Any) -> None:
     with pytest.raises(NothingTaughtError, match=r"inputs are \['m'\].*needs at least 2"):
-        lessons_on(model, ("m",)).halves()
+        lessons_on(model, ("m",)).held_out_split()
 
 
 def test_a_question_is_asked_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +64,7 @@ def test_a_question_is_asked_once(model: Any, monkeypatch: pytest.MonkeyPatch) -
     own = lessons_on(model)
     for share in (0.0, 0.5):
         assert own.whole(share).provenance["label_share"] == share
-    own.halves()
+    own.held_out_split()
     assert asked == [(INPUTS, len(EXAMPLES))]
     found = own.of_folds([EXAMPLES[:4], EXAMPLES[3:]], [0.0, 0.5])
     assert asked[1:] == [(INPUTS[:3], 4)] * 2

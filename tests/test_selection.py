@@ -14,9 +14,11 @@ import pytest
 
 from tl_laai import selection
 from tl_laai.batches import NonFiniteError
+from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import AnswerRow, Evaluation
 from tl_laai.fitting import fit
+from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.opinions import OptionExample
 from tl_laai.selection import Candidate, Selection, fit_auto
 from tl_laai.tasks import Example
@@ -293,25 +295,119 @@ def test_a_share_of_labels_that_is_given_is_kept() -> None:
     assert chosen.fit.intervention.provenance["objective"]["label_share"] == 0.3
 
 
-@pytest.mark.parametrize("objective", ["answers", "distill"])
-def test_no_more_heads_are_left_than_allowed(model: Any, objective: Any) -> None:
+@pytest.mark.parametrize(
+    ("objective", "share", "rounds"),
+    [
+        # Layers 1 and 3, eight penalties of four evaluations; then one penalty a layer, two steps.
+        ("answers", 0.3, {"heads": 2 * 8 * 4, "final": 2 * 2 * (4 + 3)}),
+        ("distill", 0.3, {"heads": 2 * 8 * 4, "distilled": 2 * (4 + 3)}),
+        # Each share of labels has penalties of its own.
+        ("distill", 0.0, {"heads": (2 + 2) * 8 * 4, "distilled": 2 * 7, "mixed": 2 * 2 * 7}),
+    ],
+)
+def test_no_more_heads_are_left_than_allowed(
+    model: Any, objective: Any, share: float, rounds: dict[str, int]
+) -> None:
     told: list[tuple[str, int, int]] = []
     options: Any = {
         "layers": [1, 3], "max_heads": 2, "n_folds": 2, "relax_steps": (2,), "max_evaluations": 4,
         "objectives": [objective],
-        "distillation": Distillation(inputs=("m", "no", "pq"), label_share=0.3),
+        "distillation": Distillation(inputs=("m", "no", "pq"), label_share=share),
     }  # fmt: skip
     chosen = fit_auto(model, EXAMPLES, **options, progress=lambda *state: told.append(state))
     assert 1 <= len(chosen.fit.intervention.heads()) <= 2
+    assert chosen.fit.intervention.provenance["selection"]["max_heads"] == 2
     assert {row.alpha for row in chosen.table} <= set(selection.SPARSE_ALPHAS)
-    assert told[0][0] == "heads"
-    assert all(before[1] <= after[1] <= after[2] for before, after in pairwise(told))
-    with pytest.raises(
-        ValueError, match=r"max_heads is 2, and none of alphas \[0\.0\] leaves 1 to 2"
-    ):
+    assert {name for name, _, _ in told} == {*rounds, "refit"}
+    assert {whole for *_, whole in told} == {sum(rounds.values()) + 4 + 3}
+    before_refit = max(done for name, done, _ in told if name != "refit")
+    assert before_refit <= sum(rounds.values())
+    assert all(before[1] <= after[1] for before, after in pairwise(told))
+
+
+def test_every_share_of_labels_keeps_to_the_heads_allowed(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    # Of a random model a teacher alone says next to nothing: its fits stay at zero.
+    monkeypatch.setattr(selection, "DISTILLED_SHARES", (0.8, 0.5))
+    monkeypatch.setattr(
+        CrossValidation, "score", lambda self, name, grid, *_: tried.extend(grid) or []
+    )
+    fit_auto(
+        model, EXAMPLES, layers=[1, 3], max_heads=2, relax_steps=(2,), objectives=["distill"],
+        distillation=Distillation(inputs=("m", "no", "pq")),
+    )  # fmt: skip
+    assert [trial.label_share for trial in tried] == list(selection.DISTILLED_SHARES)
+    for trial in tried:
+        left = fit(
+            model, EXAMPLES, layer=trial.layer, alpha=trial.alpha, objective="distill",
+            distillation=Distillation(inputs=("m", "no", "pq"), label_share=trial.label_share),
+            max_evaluations=selection.CHOOSING_EVALUATIONS,
+        )  # fmt: skip
+        assert 1 <= len(left.intervention.heads()) <= 2
+
+
+def test_a_number_of_heads_that_no_penalty_leaves_is_refused(model: Any) -> None:
+    options: Any = {"layers": [1], "max_heads": 2, "relax_steps": (2,), "max_evaluations": 4}
+    message = r"max_heads is 2, but alphas \[0\.0\] leave \[4\] heads at layers \[1\]: .*larger"
+    with pytest.raises(TooManyHeadsError, match=message):
         fit_auto(model, EXAMPLES, **options, alphas=[0.0])
+    with pytest.raises(TooManyHeadsError, match=r"leave \[0\] heads .*give smaller alphas"):
+        fit_auto(model, EXAMPLES, **options, alphas=[1.5])
     with pytest.raises(ValueError, match="max_heads is 0; give 1 to 4"):
         fit_auto(model, EXAMPLES, **options | {"max_heads": 0})
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("score_by_teacher", NothingTaughtError("inputs")),
+        ("within", TooManyHeadsError("max_heads")),
+        ("score_by_teacher", None),
+    ],
+)
+def test_labels_are_the_choice_where_distilling_fails(
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    error: Exception | None,
+) -> None:
+    plain = getattr(CrossValidation, method)
+
+    def failing(self: Any, name: str, grid: Any, *rest: Any) -> Any:
+        if grid[0].objective == "answers":
+            return plain(self, name, grid, *rest)
+        if error is not None:
+            raise error
+        row = Candidate(1, 0.0, name, math.nan, 0.0, None, 4.0, (math.nan,), (math.nan,), "distill")
+        return [row]
+
+    monkeypatch.setattr(CrossValidation, method, failing)
+    monkeypatch.setattr(selection, "does_better", lambda *_: True)
+    chosen = fit_auto(
+        model, EXAMPLES, layers=[1], max_heads=3, n_folds=2, relax_steps=(2,), max_evaluations=4,
+        objectives=["answers", "distill"],
+        distillation=Distillation(inputs=("m", "no", "pq"), label_share=0.3),
+    )  # fmt: skip
+    assert chosen.objective == "answers"
+    assert ("distillation is left out" in caplog.text) == (error is not None)
+
+
+def test_the_share_of_labels_stays_where_the_folds_teachers_say_nothing(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def silent(*_: Any) -> Any:
+        raise NothingTaughtError("inputs have no answer")
+
+    monkeypatch.setattr(CrossValidation, "score", silent)
+    chosen = fit_auto(
+        model, EXAMPLES, layers=[1], relax_steps=(2,), objectives=["distill"],
+        distillation=Distillation(inputs=("m", "no", "pq")),
+    )  # fmt: skip
+    assert (chosen.candidate.round, chosen.candidate.label_share) == ("distilled", 0.5)
+    assert "label_share stays 0.5: inputs have no answer" in caplog.text
 
 
 def test_finalists_are_not_neighbours_while_there_are_others() -> None:

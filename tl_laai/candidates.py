@@ -14,7 +14,7 @@ from tl_laai.objectives import ObjectiveName
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting that is tried on every fold.
+    """A setting that is tried.
 
     Attributes:
         layer: the edited layer.
@@ -71,7 +71,7 @@ class Candidate:
         return len(self.fold_losses)
 
     def score(self) -> float:
-        """Mean score over folds; minus infinity where it is not a number."""
+        """Mean of `fold_scores`; minus infinity where it is not a number."""
         mean = sum(self.fold_scores) / len(self.fold_scores)
         return -math.inf if math.isnan(mean) else mean
 

@@ -27,6 +27,7 @@ from tl_laai.batches import Fit, FitBatch, FitProblem
 from tl_laai.candidates import Candidate, Trial, candidates_of
 from tl_laai.decoding import Edit
 from tl_laai.distillation import Distillation
+from tl_laai.engine import Engine
 from tl_laai.evaluation import AnswerRow, Evaluation, answer_scores, evaluate_edits
 from tl_laai.fitting import fit_many, taught_problem
 from tl_laai.hooking import Position
@@ -35,6 +36,10 @@ from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample, engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample
 from tl_laai.tasks import Example
+
+
+class TooManyHeadsError(ValueError):
+    """No setting leaves as few heads as are allowed."""
 
 
 @dataclass
@@ -140,19 +145,20 @@ class CrossValidation:
         Raises:
             NothingTaughtError: the teacher answered fewer than two inputs.
         """
-        kept, held_out = self._lessons.halves()
+        kept, held_out = self._lessons.held_out_split()
         problems, before = [self._problem(trial, kept) for trial in grid], self._done
         found = self._fit(name, problems, relax_steps, self.max_evaluations)
         self._done = before + self.cost(grid, 1, relax_steps)
         candidates = []
+        engine = self._engine(grid, [[example] for example in held_out])
         for steps, deltas in found.items():
             everywhere = deltas.nan_to_num()[:, None].expand(-1, len(held_out), -1, -1)
-            losses = self._losses(grid, everywhere, [[example] for example in held_out])
+            losses = _losses(engine, everywhere)
             candidates += candidates_of(name, grid, steps, deltas[:, None], losses, None)
         return candidates
 
     def within(self, name: str, grid: Sequence[Trial], max_heads: int) -> list[Trial]:
-        """Of each layer's trials, the one that leaves the most heads up to `max_heads`.
+        """Of each layer and label share, the trial that leaves the most heads up to `max_heads`.
 
         Args:
             name: of the round.
@@ -160,15 +166,27 @@ class CrossValidation:
             max_heads: the most heads that may be left.
 
         Returns:
-            At most one trial a layer: none where all of a layer's leave more heads, or none.
+            At most one trial a layer and share: none where all leave more heads, or none.
+
+        Raises:
+            TooManyHeadsError: nothing is left of the grid.
         """
         problems, before = [self._problem(trial) for trial in grid], self._done
         found = self._fit(name, problems, (), self.max_evaluations)[0]
         self._done = before + self.cost(grid, 1, ())
-        taken: dict[int, tuple[int, Trial]] = {}
-        for trial, n_heads in zip(grid, (found.norm(dim=-1) > 0).sum(dim=-1).tolist(), strict=True):
-            if taken.get(trial.layer, (0, trial))[0] < n_heads <= max_heads:
-                taken[trial.layer] = n_heads, trial
+        taken: dict[tuple[int, float], tuple[int, Trial]] = {}
+        left = (found.norm(dim=-1) > 0).sum(dim=-1).tolist()
+        for trial, n_heads in zip(grid, left, strict=True):
+            key = trial.layer, trial.label_share
+            if taken.get(key, (0, trial))[0] < n_heads <= max_heads:
+                taken[key] = n_heads, trial
+        if not taken:
+            do = "allow more heads, or give larger" if any(left) else "give smaller"
+            raise TooManyHeadsError(
+                f"max_heads is {max_heads}, but alphas {sorted({t.alpha for t in grid})} leave "
+                f"{sorted(set(left))} heads at layers {sorted({t.layer for t in grid})}: {do} "
+                "alphas (all heads are left at 0, none from 1 on)."
+            )
         return [trial for _, trial in taken.values()]
 
     def _fit(
@@ -219,7 +237,7 @@ class CrossValidation:
     ) -> tuple[Tensor, Tensor | None]:
         """Losses and probabilities on the held-out parts, `[n_trials, n_folds]` each."""
         if all(isinstance(e, OptionExample) for part in asked for e in part):
-            return self._losses(grid, deltas, asked), None
+            return _losses(self._engine(grid, asked), deltas), None
         is_taught = any(trial.objective == "distill" for trial in grid)
         template = replace(self.template, answer_end="") if is_taught else self.template
         loss, probability = [], []
@@ -234,11 +252,9 @@ class CrossValidation:
             probability.append(found[1].mean(dim=1))
         return torch.stack(loss, dim=1), torch.stack(probability, dim=1)
 
-    def _losses(
-        self, grid: Sequence[Trial], deltas: Tensor, asked: Sequence[Sequence[FitExample]]
-    ) -> Tensor:
-        """What is minimised, on other examples than it was on: `[n_trials, n_parts]`, float64."""
-        engine = engine_for(
+    def _engine(self, grid: Sequence[Trial], asked: Sequence[Sequence[FitExample]]) -> Engine:
+        """Every trial on every part, in this order."""
+        return engine_for(
             self.model,
             [part for _ in grid for part in asked],
             layers=[trial.layer for trial in grid for _ in asked],
@@ -246,9 +262,6 @@ class CrossValidation:
             template=self.template,
             max_memory=self.max_memory,
         )
-        flat = deltas.flatten(0, 1)
-        losses = engine.losses(flat, torch.arange(len(flat), device=flat.device))
-        return losses.double().cpu().view(len(grid), len(asked))
 
     def answers(self, candidate: Candidate) -> Evaluation:
         """How each fold's fit of a candidate answers the examples that were held out from it."""
@@ -284,3 +297,10 @@ class CrossValidation:
         )
         self.tell("refit", self.work)
         return fitted
+
+
+def _losses(engine: Engine, deltas: Tensor) -> Tensor:
+    """Losses of `deltas [n_trials, n_parts, n_heads, d_head]`, `[n_trials, n_parts]` in float64."""
+    flat = deltas.flatten(0, 1)
+    losses = engine.losses(flat, torch.arange(len(flat), device=flat.device))
+    return losses.double().cpu().view(deltas.shape[:2])

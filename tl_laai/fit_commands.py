@@ -74,7 +74,7 @@ def fit(
     l1_ratio: Annotated[float, typer.Option(min=0, help="With --alpha: l1 / group.")] = 0.0,
     max_heads: Annotated[
         int | None,
-        typer.Option(min=1, help="Choose among fits that leave at most so many heads."),
+        typer.Option(min=1, help="At most; penalty and --relax are chosen for it."),
     ] = None,
     objective: Annotated[
         Objective,
@@ -149,8 +149,8 @@ def fit(
         )
     if by_validation and tolerance != DEFAULT_TOLERANCE:
         raise ValueError(
-            f"--tolerance {tolerance} is for a given --layer and penalty: fits that are chosen "
-            "among are stopped by --max-evaluations"
+            f"--tolerance {tolerance} is for a given --layer and penalty, without --max-heads: "
+            "fits that are chosen among are stopped by --max-evaluations"
         )
     loaded = load(model, backend)
     known = record(model, backend, data)
@@ -297,7 +297,7 @@ def _fit_auto(
         # Of the numbers of steps along one run, the best.
         best: dict[Any, Candidate] = {}
         for c in chosen.table:
-            key = (c.layer, c.alpha, c.objective, c.label_share)
+            key = (c.round, c.layer, c.alpha, c.objective, c.label_share)
             if c.round != "screening" and (key not in best or c.score() > best[key].score()):
                 best[key] = c
         cells = [
@@ -307,7 +307,8 @@ def _fit_auto(
                 str(c.relax_steps or "-"),
                 c.objective + (f" + {c.label_share:g}" if c.label_share else ""),
                 "-" if c.validation_probability is None else f"{c.validation_probability:.1%}",
-                f"{c.validation_loss:.3f} ± {c.standard_error:.3f}",
+                "KL " * (c.round == "distilled")
+                + f"{c.validation_loss:.3f} ± {c.standard_error:.3f}",
                 f"{c.n_heads:.1f}",
                 "chosen" if c is chosen.candidate else "",
             )

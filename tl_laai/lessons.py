@@ -15,7 +15,7 @@ from tl_laai.distillation import Distillation, Lesson, teach, weighed
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
 from tl_laai.prompts import PromptTemplate, TaughtExample
 from tl_laai.splits import seeded_order
-from tl_laai.tasks import Example
+from tl_laai.tasks import Example, same_input_key
 
 
 @dataclass
@@ -63,20 +63,27 @@ class Lessons:
         """
         return self._weighed(taught or self.answered, self.examples, self.inputs, share)
 
-    def halves(self) -> tuple[tuple[TaughtExample, ...], tuple[TaughtExample, ...]]:
+    def held_out_split(self) -> tuple[tuple[TaughtExample, ...], tuple[TaughtExample, ...]]:
         """A few of the whole teacher's answers to learn from, and others to be held out.
 
+        No input is in both, or is one of `examples`, which the teacher reads answered.
+
         Returns:
-            At most `n_few` each, in an order that the seed decides; at least a quarter held out.
+            At most `n_few` each, in an order that the seed decides; about a quarter is held out
+            where there are no more than a few.
 
         Raises:
             NothingTaughtError: it answered fewer than two inputs.
         """
-        some = seeded_order(self.answered, self.settings.seed)[: 2 * self.n_few]
+        known = {same_input_key(example.input) for example in self.examples}
+        distinct = {same_input_key(e.tokens.input): e for e in reversed(self.answered)}
+        new = [e for key, e in reversed(distinct.items()) if key not in known]
+        some = seeded_order(new, self.settings.seed)[: 2 * self.n_few]
         if len(some) < 2:
             raise NothingTaughtError(
-                f"inputs are {list(self.inputs)[:5]}, of which the teacher answered {len(some)}: "
-                "choosing among distilled fits needs at least 2, one to hold out"
+                f"inputs are {list(self.inputs)[:5]}, of which the teacher answered {len(some)} "
+                "that are no examples: choosing among distilled fits needs at least 2, one to hold "
+                "out. Give more inputs, or choose layer and steps yourself"
             )
         n_held_out = max(1, len(some) // 4, len(some) - self.n_few)
         return some[n_held_out:], some[:n_held_out]

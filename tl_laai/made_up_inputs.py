@@ -17,7 +17,7 @@ _ROUNDS = 4  # of sampling, before fewer inputs than asked for are accepted
 
 
 class NothingTaughtError(ValueError):
-    """The model made up no input, or the teacher answered none."""
+    """The model made up no input, or the teacher answered none, or too few to choose by."""
 
 
 def make_up_inputs(

@@ -23,7 +23,7 @@ from typing import Any, cast
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit, NonFiniteError
 from tl_laai.candidates import Candidate, Trial
-from tl_laai.crossvalidation import CrossValidation
+from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import Evaluation
 from tl_laai.hooking import Position
@@ -41,7 +41,7 @@ _LOG = logging.getLogger("tl_laai")
 # Of relaxed fits: the fewest heads, or all of them.
 ALPHAS = (0.9, 0.0)
 # What `max_heads` is looked for among.
-SPARSE_ALPHAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SPARSE_ALPHAS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 RELAX_STEPS = (15, 30, 45)
 PENALISED_ALPHAS = (0.9, 0.5, 0.25)
 # A penalised fit that only chooses entries need not be followed to its end.
@@ -158,7 +158,8 @@ def fit_auto(
         objectives: `answers`, `distill`, or both: distilled where the few-shot prompt answers
             more of the examples right, held out, than the best fit on labels.
         distillation: of `distill`; its `label_share` is chosen too, by folds, unless it is above
-            0. A quarter of the inputs or more is held out while layer and steps are chosen.
+            0. About a quarter of the inputs is held out while layer and steps are chosen, among
+            layers that labels rank first where there are more than three.
         groups: a label an example: those with the same label are held out together. None holds
             out prompts that ask the same opinion question together, all else one by one.
         n_folds: folds of the final round, at most the number of examples (or of labels).
@@ -177,7 +178,8 @@ def fit_auto(
         The refitted choice and the whole validation table.
 
     Raises:
-        ValueError: too few examples or folds, no such layers, no alphas, or what `fit` raises.
+        ValueError: too few examples or folds, no such layers, no alphas, no alpha that leaves as
+            few heads as `max_heads`, or what `fit` raises.
     """
     labels = _labels(examples) if groups is None else list(groups)
     n_layers = backend_of(model).n_layers
@@ -198,11 +200,8 @@ def fit_auto(
     screening = [Trial(layer, screened_at) for layer in candidates]
     screening = screening if len(screening) > FINALISTS else []
     brief = (SCREENING_STEPS,) if relax_steps else ()
-    # The best few of those that a round has ranked; all of a few that the caller listed.
-    unranked = not screening and "answers" not in objectives
     n_finalists = min(FINALISTS, len(candidates))
-    n_taught = len(candidates) if unranked else n_finalists
-    n_taught *= "distill" in objectives
+    n_taught = n_finalists * ("distill" in objectives)
     n_labelled = n_finalists * ("answers" in objectives)
     own_share = search.distillation.label_share
 
@@ -223,31 +222,30 @@ def fit_auto(
         ]
 
     def mixed(layer: int, alpha: float) -> list[Trial]:
+        own_alphas = [alpha] if max_heads is None else alphas or ()
         shares = () if own_share or not n_taught else DISTILLED_SHARES
-        return [Trial(layer, alpha, "distill", share) for share in shares]
+        return [Trial(layer, a, "distill", share) for share in shares for a in own_alphas]
 
     def within(grid: list[Trial]) -> list[Trial]:
-        if max_heads is None:
+        if max_heads is None or not grid:
             return grid
-        kept = search.within("heads", grid, max_heads)
-        if not kept:
-            raise ValueError(
-                f"max_heads is {max_heads}, and none of alphas {list(alphas or ())} leaves 1 to "
-                f"{max_heads} heads at layers {sorted({trial.layer for trial in grid})}: allow "
-                "more heads, or give larger alphas, below 1"
-            )
-        return kept
+        return search.within("heads", grid, max_heads)
+
+    def cost(grid: list[Trial], n_folds: int, steps: Sequence[int]) -> int:
+        if max_heads is None or not grid:
+            return search.cost(grid, n_folds, steps)
+        kept = list({(t.layer, t.label_share): t for t in reversed(grid)}.values())
+        return search.cost(grid, 1, ()) + search.cost(kept, n_folds, steps)
 
     longest = max((*relax_steps, *(taught_steps if n_taught else ())), default=-1)
-    refit = max_evaluations + longest + 1
-    final, distilled = labelled(candidates), taught(candidates)
     search.work = (
         search.cost(screening, SCREENING_FOLDS, brief, SCREENING_EVALUATIONS)
-        + search.cost(final, len(folds), relax_steps)
-        + search.cost(distilled, 1, taught_steps)
-        + search.cost(mixed(0, max(alphas or (0.0,))), MIXED_FOLDS, sorted(taught_steps)[-1:])
-        + (max_heads is not None) * search.cost(final + distilled, 1, ())
-        + refit
+        + cost(labelled(candidates), len(folds), relax_steps)
+        + cost(taught(candidates), 1, taught_steps)
+        + cost(mixed(0, max(alphas or (0.0,))), MIXED_FOLDS, sorted(taught_steps)[-1:])
+        + max_evaluations
+        + longest
+        + 1
     )
     table: list[Candidate] = []
     ranked = candidates
@@ -272,18 +270,22 @@ def fit_auto(
         try:
             rows = search.score_by_teacher("distilled", within(taught(ranked)), taught_steps)
             table += rows
-            best = _best_first(rows)[0]
-            if shares := mixed(best.layer, best.alpha):
-                steps = (best.relax_steps,) if taught_steps else ()
-                rows = search.score("mixed", shares, MIXED_FOLDS, steps)
-                table += rows
-                best = _best_first(rows)[0]
-        except NothingTaughtError as error:
+            best = _better(best, rows)
+        except (NothingTaughtError, TooManyHeadsError) as error:
             if best is None:
                 raise
             _LOG.warning("distillation is left out of the choice: %s", error)
-    assert best is not None  # objectives is not empty
-    if best.score() == -math.inf:
+    if best is not None and best.round == "distilled":
+        tried_at = best.label_share
+        try:
+            shares = within(mixed(best.layer, best.alpha))
+            steps = (best.relax_steps,) if taught_steps else ()
+            rows = search.score("mixed", shares, MIXED_FOLDS, steps) if shares else []
+            table += rows
+            best = _better(best, rows)
+        except (NothingTaughtError, TooManyHeadsError) as error:
+            _LOG.warning("label_share stays %g: %s", tried_at, error)
+    if best is None or best.score() == -math.inf:
         raise NonFiniteError(
             f"learning_rate is {learning_rate}: no candidate has a finite score on held-out "
             "examples. Use a smaller one, or a wider dtype (float32)."
@@ -293,12 +295,17 @@ def fit_auto(
         "selection": {
             "folds": len(folds),
             "seed": seed,
+            "max_heads": max_heads,
             "table": [_as_json(candidate) for candidate in table],
             "held_out": None if held_out is None else held_out.exact_match,
             "teacher": None if teacher is None else teacher.exact_match,
         },
     }
-    return Selection(search.refit(best, origin), tuple(table), best, held_out, teacher)
+    fitted = search.refit(best, origin)
+    n_heads = len(fitted.intervention.heads())
+    if max_heads is not None and n_heads > max_heads:
+        _LOG.warning("max_heads is %d, but the last fit rounded to %d heads", max_heads, n_heads)
+    return Selection(fitted, tuple(table), best, held_out, teacher)
 
 
 def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
@@ -308,6 +315,11 @@ def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
     """
     scores = [(e.exact_match, e.probability) for e in (teacher, labelled)]
     return scores[0] > scores[1]
+
+
+def _better(best: Candidate | None, rows: Sequence[Candidate]) -> Candidate | None:
+    """The best of a later round, unless none of it has a finite score."""
+    return next((row for row in _best_first(rows) if row.score() > -math.inf), best)
 
 
 def _best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
