@@ -25,7 +25,7 @@ from tl_laai import (
     hooking,
     load_model,
     models,
-    selection,
+    rounds,
 )
 from tl_laai.cli import app
 from tl_laai.options import Backend
@@ -485,7 +485,7 @@ def raising(failure: Exception) -> Callable[..., Any]:
 def test_fit_chooses_layer_and_penalty_unless_told(
     inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection, "ALPHAS", (0.9, 0.5))
+    monkeypatch.setattr(rounds, "ALPHAS", (0.9, 0.5))
     options = {"train": 4, "out": tmp_path / "chosen", "layer": "auto"}
     result = done(*fit_arguments(inside, **options))
     assert "chosen" in result.stdout
@@ -511,7 +511,7 @@ def test_fit_relaxes_as_often_as_asked(inside: Path, tmp_path: Path) -> None:
     assert "--tolerance 0.0001 is for a given --layer" in message
     done(*fit_arguments(inside, preset="relaxed", alpha=0.5, train=4, seed=3, out=out))
     kept = Intervention.from_pretrained(out).provenance
-    assert {row["relax_steps"] for row in kept["selection"]["table"]} == set(selection.RELAX_STEPS)
+    assert {row["relax_steps"] for row in kept["selection"]["table"]} == set(rounds.RELAX_STEPS)
     assert kept["selection"]["seed"] == 3
     message = refused(laai(*fit_arguments(inside, relax=3, preset="paper", out=out)), 2)
     assert "--preset paper sets" in message

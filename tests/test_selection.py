@@ -12,15 +12,16 @@ from typing import Any
 import oracle
 import pytest
 
-from tl_laai import selection
+from tl_laai import rounds, selection
 from tl_laai.batches import NonFiniteError
+from tl_laai.candidates import Candidate, best_first
 from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import AnswerRow, Evaluation
 from tl_laai.fitting import fit
 from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.opinions import OptionExample
-from tl_laai.selection import Candidate, Selection, fit_auto
+from tl_laai.selection import Selection, fit_auto
 from tl_laai.tasks import Example
 
 WORDS = ("ab", "cde", "f", "gh", "ij", "klm", "n")
@@ -89,11 +90,11 @@ def test_every_layer_is_screened_and_the_best_few_meet_every_penalty(
 ) -> None:
     chosen, _ = told_choice(backend, relax_steps)
     screened = rows_of(chosen, "screening")
-    at = (0.0, selection.SCREENING_STEPS) if relax_steps else (selection.SCREENING_ALPHA, 0)
+    at = (0.0, rounds.SCREENING_STEPS) if relax_steps else (rounds.SCREENING_ALPHA, 0)
     assert [(row.layer, row.alpha, row.relax_steps, row.n_folds) for row in screened] == [
         (layer, *at, 2) for layer in range(4)
     ]
-    best = sorted(screened, key=lambda row: -row.validation_probability)[: selection.FINALISTS]
+    best = sorted(screened, key=lambda row: -row.validation_probability)[: rounds.FINALISTS]
     final = rows_of(chosen, "final")
     assert sorted((row.layer, -row.alpha, row.relax_steps) for row in final) == [
         (layer, -alpha, steps)
@@ -157,7 +158,7 @@ def test_progress_never_goes_back_and_ends_at_the_whole(
         "refit",
     ]
     # Four layers in two folds, and two penalties at three layers in three folds, then one fit.
-    brief = selection.SCREENING_STEPS + 1 if relax_steps else selection.SCREENING_EVALUATIONS
+    brief = rounds.SCREENING_STEPS + 1 if relax_steps else rounds.SCREENING_EVALUATIONS
     screening = 4 * 2 * brief
     one = EVALUATIONS + (max(relax_steps) + 1 if relax_steps else 0)
     final = 3 * 2 * 3 * one
@@ -191,7 +192,7 @@ def test_a_candidate_without_a_finite_score_is_never_chosen() -> None:
         Candidate(layer, 0.5, "final", -score, 0.1, score, 1.0, (-score,) * 5, (score,) * 5)
         for layer, score in enumerate([math.nan, 0.2, -math.inf, 0.4])
     ]
-    assert selection._best_first(rows)[0].layer == 3
+    assert best_first(rows)[0].layer == 3
     assert json.dumps(selection._as_json(rows[0]), allow_nan=False).count("null") == 12
 
 
@@ -257,12 +258,12 @@ def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels
     assert [*by_teacher, *mixed] == taught
     # Two of eight inputs are held out.
     assert [(r.layer, r.label_share, r.relax_steps, r.n_folds) for r in by_teacher] == [
-        (layer, selection.DISTILLED_SHARES[-1], steps, 2) for steps in (3, 4) for layer in (0, 1)
+        (layer, rounds.DISTILLED_SHARES[-1], steps, 2) for steps in (3, 4) for layer in (0, 1)
     ]
     nearest = min(by_teacher, key=lambda row: row.validation_loss)
     assert [(r.layer, r.label_share, r.relax_steps, r.n_folds) for r in mixed] == [
-        (nearest.layer, share, nearest.relax_steps, selection.MIXED_FOLDS)
-        for share in selection.DISTILLED_SHARES
+        (nearest.layer, share, nearest.relax_steps, rounds.MIXED_FOLDS)
+        for share in rounds.DISTILLED_SHARES
     ]
     assert chosen.candidate is max(mixed, key=lambda row: row.validation_probability)
     assert {"final", "distilled", "mixed", "refit"} == set(told)
@@ -279,7 +280,7 @@ def test_distillation_alone_asks_no_teacher_first() -> None:
     assert alone.held_out is None
     recorded = alone.fit.intervention.provenance["objective"]
     assert recorded["inputs"] == ["m", "no", "pq"]
-    assert recorded["label_share"] in selection.DISTILLED_SHARES
+    assert recorded["label_share"] in rounds.DISTILLED_SHARES
 
 
 def test_a_share_of_labels_that_is_given_is_kept() -> None:
@@ -296,7 +297,7 @@ def test_a_share_of_labels_that_is_given_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "share", "rounds"),
+    ("objective", "share", "costs"),
     [
         # Layers 1 and 3, eight penalties of four evaluations; then one penalty a layer, two steps.
         ("answers", 0.3, {"heads": 2 * 8 * 4, "final": 2 * 2 * (4 + 3)}),
@@ -306,7 +307,7 @@ def test_a_share_of_labels_that_is_given_is_kept() -> None:
     ],
 )
 def test_no_more_heads_are_left_than_allowed(
-    model: Any, objective: Any, share: float, rounds: dict[str, int]
+    model: Any, objective: Any, share: float, costs: dict[str, int]
 ) -> None:
     told: list[tuple[str, int, int]] = []
     options: Any = {
@@ -317,11 +318,11 @@ def test_no_more_heads_are_left_than_allowed(
     chosen = fit_auto(model, EXAMPLES, **options, progress=lambda *state: told.append(state))
     assert 1 <= len(chosen.fit.intervention.heads()) <= 2
     assert chosen.fit.intervention.provenance["selection"]["max_heads"] == 2
-    assert {row.alpha for row in chosen.table} <= set(selection.SPARSE_ALPHAS)
-    assert {name for name, _, _ in told} == {*rounds, "refit"}
-    assert {whole for *_, whole in told} == {sum(rounds.values()) + 4 + 3}
+    assert {row.alpha for row in chosen.table} <= set(rounds.SPARSE_ALPHAS)
+    assert {name for name, _, _ in told} == {*costs, "refit"}
+    assert {whole for *_, whole in told} == {sum(costs.values()) + 4 + 3}
     before_refit = max(done for name, done, _ in told if name != "refit")
-    assert before_refit <= sum(rounds.values())
+    assert before_refit <= sum(costs.values())
     assert all(before[1] <= after[1] for before, after in pairwise(told))
 
 
@@ -330,7 +331,7 @@ def test_every_share_of_labels_keeps_to_the_heads_allowed(
 ) -> None:
     tried: list[Any] = []
     # Of a random model a teacher alone says next to nothing: its fits stay at zero.
-    monkeypatch.setattr(selection, "DISTILLED_SHARES", (0.8, 0.5))
+    monkeypatch.setattr(rounds, "DISTILLED_SHARES", (0.8, 0.5))
     monkeypatch.setattr(
         CrossValidation, "score", lambda self, name, grid, *_: tried.extend(grid) or []
     )
@@ -338,12 +339,12 @@ def test_every_share_of_labels_keeps_to_the_heads_allowed(
         model, EXAMPLES, layers=[1, 3], max_heads=2, relax_steps=(2,), objectives=["distill"],
         distillation=Distillation(inputs=("m", "no", "pq")),
     )  # fmt: skip
-    assert [trial.label_share for trial in tried] == list(selection.DISTILLED_SHARES)
+    assert [trial.label_share for trial in tried] == list(rounds.DISTILLED_SHARES)
     for trial in tried:
         left = fit(
             model, EXAMPLES, layer=trial.layer, alpha=trial.alpha, objective="distill",
             distillation=Distillation(inputs=("m", "no", "pq"), label_share=trial.label_share),
-            max_evaluations=selection.CHOOSING_EVALUATIONS,
+            max_evaluations=rounds.CHOOSING_EVALUATIONS,
         )  # fmt: skip
         assert 1 <= len(left.intervention.heads()) <= 2
 
@@ -408,12 +409,6 @@ def test_the_share_of_labels_stays_where_the_folds_teachers_say_nothing(
     )  # fmt: skip
     assert (chosen.candidate.round, chosen.candidate.label_share) == ("distilled", 0.5)
     assert "label_share stays 0.5: inputs have no answer" in caplog.text
-
-
-def test_finalists_are_not_neighbours_while_there_are_others() -> None:
-    assert selection._apart([4, 3, 5, 8, 7, 1], 3.0) == [4, 8, 1, 3, 5, 7]
-    assert selection._apart([1, 0, 2], 0.5) == [1, 0, 2]
-    assert selection._apart([], 3.0) == []
 
 
 def test_a_choice_among_fits_that_all_diverge_is_refused(model: Any) -> None:

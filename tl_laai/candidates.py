@@ -120,3 +120,8 @@ def candidates_of(
         )
         for i, trial in enumerate(grid)
     ]
+
+
+def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Ranked by their score; those without a finite one come last."""
+    return sorted(candidates, key=Candidate.score, reverse=True)

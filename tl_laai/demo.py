@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """See it work: Gemma 3 270M learns country to capital from ten examples, in minutes."""
     from tl_laai.fitting import fit as fit_one
-    from tl_laai.selection import CHOOSING_EVALUATIONS
+    from tl_laai.rounds import CHOOSING_EVALUATIONS
 
     check_out(out)
     data = draw(load_task(DEMO_TASK))

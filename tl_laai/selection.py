@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit, NonFiniteError
-from tl_laai.candidates import Candidate, Trial
+from tl_laai.candidates import Candidate, Trial, best_first
 from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import Evaluation
@@ -33,31 +33,19 @@ from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.relaxation import LEARNING_RATE
+from tl_laai.rounds import (
+    CHOOSING_EVALUATIONS,
+    DISTILLED_INPUTS,
+    MIXED_FOLDS,
+    PENALISED_EVALUATIONS,
+    SCREENING_EVALUATIONS,
+    SCREENING_FOLDS,
+    Rounds,
+)
 from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example
 
 _LOG = logging.getLogger("tl_laai")
-
-# Of relaxed fits: the fewest heads, or all of them.
-ALPHAS = (0.9, 0.0)
-# What `max_heads` is looked for among.
-SPARSE_ALPHAS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-RELAX_STEPS = (15, 30, 45)
-PENALISED_ALPHAS = (0.9, 0.5, 0.25)
-# A penalised fit that only chooses entries need not be followed to its end.
-CHOOSING_EVALUATIONS, PENALISED_EVALUATIONS = 15, 40
-SCREENING_STEPS, SCREENING_EVALUATIONS = 15, 12
-SCREENING_ALPHA = 0.6  # where there are no relaxed fits
-SCREENING_FOLDS = 2
-FINALISTS = 3
-# Brief fits rank early layers too high, and neighbours alike: layers closer to a better one than
-# this share of the model (3 of 18) are left out of the final round.
-SEPARATION = 1 / 6
-DISTILLED_ALPHAS = (0.0,)
-DISTILLED_STEPS = (30, 45, 60)
-# Layer and steps are chosen at the last of these shares of labels.
-DISTILLED_SHARES = (0.0, 0.5)
-DISTILLED_INPUTS, MIXED_FOLDS = 32, 2  # while choosing
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
@@ -185,106 +173,43 @@ def fit_auto(
     n_layers = backend_of(model).n_layers
     candidates = list(range(n_layers)) if layers is None else list(layers)
     candidates = list(dict.fromkeys(candidates))
-    taught_steps = DISTILLED_STEPS if relax_steps is None else relax_steps
-    relax_steps = RELAX_STEPS if relax_steps is None else relax_steps
-    _check(model, examples, labels, candidates, alphas, relax_steps, objectives, max_heads)
+    _check(model, examples, labels, candidates, alphas, relax_steps or (), objectives, max_heads)
+    tried = Rounds(
+        tuple(candidates), n_layers, alphas, relax_steps, tuple(objectives), max_heads,
+        distillation.label_share if distillation else 0.0,
+    )  # fmt: skip
     folds = cross_validation_folds(labels, min(n_folds, len(set(labels))), seed)
     if max_evaluations is None:
-        max_evaluations = CHOOSING_EVALUATIONS if relax_steps else PENALISED_EVALUATIONS
+        max_evaluations = CHOOSING_EVALUATIONS if tried.steps else PENALISED_EVALUATIONS
     search = CrossValidation(
         model, examples, folds, l1_ratio, max_evaluations, learning_rate, position, template,
         max_memory, progress, distillation or Distillation(seed=seed), DISTILLED_INPUTS,
     )  # fmt: skip
-
-    screened_at = 0.0 if relax_steps else SCREENING_ALPHA
-    screening = [Trial(layer, screened_at) for layer in candidates]
-    screening = screening if len(screening) > FINALISTS else []
-    brief = (SCREENING_STEPS,) if relax_steps else ()
-    n_finalists = min(FINALISTS, len(candidates))
-    n_taught = n_finalists * ("distill" in objectives)
-    n_labelled = n_finalists * ("answers" in objectives)
-    own_share = search.distillation.label_share
-
-    if max_heads is not None:
-        alphas = alphas or SPARSE_ALPHAS
-    labelled_alphas = alphas or (ALPHAS if relax_steps else PENALISED_ALPHAS)
-
-    def labelled(ranked: Sequence[int]) -> list[Trial]:
-        layers = sorted(ranked[:n_labelled])
-        return [Trial(layer, alpha) for layer in layers for alpha in labelled_alphas]
-
-    def taught(ranked: Sequence[int]) -> list[Trial]:
-        layers, share = sorted(ranked[:n_taught]), own_share or DISTILLED_SHARES[-1]
-        return [
-            Trial(layer, alpha, "distill", share)
-            for layer in layers
-            for alpha in alphas or DISTILLED_ALPHAS
-        ]
-
-    def mixed(layer: int, alpha: float) -> list[Trial]:
-        own_alphas = [alpha] if max_heads is None else alphas or ()
-        shares = () if own_share or not n_taught else DISTILLED_SHARES
-        return [Trial(layer, a, "distill", share) for share in shares for a in own_alphas]
-
-    def within(grid: list[Trial]) -> list[Trial]:
-        if max_heads is None or not grid:
-            return grid
-        return search.within("heads", grid, max_heads)
-
-    def cost(grid: list[Trial], n_folds: int, steps: Sequence[int]) -> int:
-        if max_heads is None or not grid:
-            return search.cost(grid, n_folds, steps)
-        kept = list({(t.layer, t.label_share): t for t in reversed(grid)}.values())
-        return search.cost(grid, 1, ()) + search.cost(kept, n_folds, steps)
-
-    longest = max((*relax_steps, *(taught_steps if n_taught else ())), default=-1)
-    search.work = (
-        search.cost(screening, SCREENING_FOLDS, brief, SCREENING_EVALUATIONS)
-        + cost(labelled(candidates), len(folds), relax_steps)
-        + cost(taught(candidates), 1, taught_steps)
-        + cost(mixed(0, max(alphas or (0.0,))), MIXED_FOLDS, sorted(taught_steps)[-1:])
-        + max_evaluations
-        + longest
-        + 1
-    )
+    search.work = _work(tried, search)
     table: list[Candidate] = []
-    ranked = candidates
-    if screening:
-        table += search.score("screening", screening, SCREENING_FOLDS, brief, SCREENING_EVALUATIONS)
-        ranked = _apart([c.layer for c in _best_first(table)], SEPARATION * n_layers)
+    ranked: Sequence[int] = candidates
+    if grid := tried.screening():
+        table += search.score(
+            "screening", grid, SCREENING_FOLDS, tried.brief, SCREENING_EVALUATIONS
+        )
+        ranked = tried.apart([row.layer for row in best_first(table)])
     best: Candidate | None = None
-    if n_labelled:
-        rows = search.score("final", within(labelled(ranked)), len(folds), relax_steps)
+    if grid := tried.labelled(ranked):
+        rows = search.score("final", _within(search, grid, max_heads), len(folds), tried.steps)
         table += rows
-        rows = _best_first(rows)
-        ranked, best = list(dict.fromkeys(c.layer for c in rows)), rows[0]
+        rows = best_first(rows)
+        ranked, best = list(dict.fromkeys(row.layer for row in rows)), rows[0]
     held_out = teacher = None
     if best is not None and all(isinstance(example, Example) for example in examples):
         held_out = search.answers(best)
-    is_taught = bool(n_taught)
-    if held_out is not None and n_taught:
+    grid = tried.taught(ranked)
+    if held_out is not None and grid:
         known = cast("Sequence[Example]", examples)
         teacher = ask_teacher(model, known, template=template, groups=labels)
-        is_taught = does_better(teacher, held_out)
-    if is_taught:
-        try:
-            rows = search.score_by_teacher("distilled", within(taught(ranked)), taught_steps)
-            table += rows
-            best = _better(best, rows)
-        except (NothingTaughtError, TooManyHeadsError) as error:
-            if best is None:
-                raise
-            _LOG.warning("distillation is left out of the choice: %s", error)
-    if best is not None and best.round == "distilled":
-        tried_at = best.label_share
-        try:
-            shares = within(mixed(best.layer, best.alpha))
-            steps = (best.relax_steps,) if taught_steps else ()
-            rows = search.score("mixed", shares, MIXED_FOLDS, steps) if shares else []
-            table += rows
-            best = _better(best, rows)
-        except (NothingTaughtError, TooManyHeadsError) as error:
-            _LOG.warning("label_share stays %g: %s", tried_at, error)
+    if grid and (teacher is None or held_out is None or does_better(teacher, held_out)):
+        rows = _distilled(tried, search, grid, required=best is None)
+        table += rows
+        best = next((row for row in reversed(_bests(rows)) if row.score() > -math.inf), best)
     if best is None or best.score() == -math.inf:
         raise NonFiniteError(
             f"learning_rate is {learning_rate}: no candidate has a finite score on held-out "
@@ -317,22 +242,60 @@ def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
     return scores[0] > scores[1]
 
 
-def _better(best: Candidate | None, rows: Sequence[Candidate]) -> Candidate | None:
-    """The best of a later round, unless none of it has a finite score."""
-    return next((row for row in _best_first(rows) if row.score() > -math.inf), best)
+def _work(tried: Rounds, search: CrossValidation) -> int:
+    """Evaluations that all rounds and the refit take at most."""
+
+    def cost(grid: list[Trial], n_folds: int, steps: Sequence[int]) -> int:
+        if tried.max_heads is None or not grid:
+            return search.cost(grid, n_folds, steps)
+        kept = list({(trial.layer, trial.label_share): trial for trial in reversed(grid)}.values())
+        return search.cost(grid, 1, ()) + search.cost(kept, n_folds, steps)
+
+    taught = tried.taught(tried.layers)
+    longest = max((*tried.steps, *(tried.taught_steps if taught else ())), default=-1)
+    return (
+        search.cost(tried.screening(), SCREENING_FOLDS, tried.brief, SCREENING_EVALUATIONS)
+        + cost(tried.labelled(tried.layers), len(search.folds), tried.steps)
+        + cost(taught, 1, tried.taught_steps)
+        + cost(tried.mixed(taught[0]) if taught else [], MIXED_FOLDS, tried.taught_steps[-1:])
+        + (search.max_evaluations + longest + 1)
+    )
 
 
-def _best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
-    return sorted(candidates, key=Candidate.score, reverse=True)
+def _within(search: CrossValidation, grid: list[Trial], max_heads: int | None) -> list[Trial]:
+    return grid if max_heads is None else search.within("heads", grid, max_heads)
 
 
-def _apart(ranked: Sequence[int], distance: float) -> list[int]:
-    """First the layers that are not near to a better one, then the rest, each best first."""
-    leading: list[int] = []
-    for layer in ranked:
-        if all(abs(layer - other) >= distance for other in leading):
-            leading.append(layer)
-    return leading + [layer for layer in ranked if layer not in leading]
+def _distilled(
+    tried: Rounds, search: CrossValidation, grid: list[Trial], *, required: bool
+) -> list[Candidate]:
+    """Both rounds of distilled fits; none of their rows where they fail and are not required."""
+    try:
+        rows = search.score_by_teacher(
+            "distilled", _within(search, grid, tried.max_heads), tried.taught_steps
+        )
+    except (NothingTaughtError, TooManyHeadsError) as error:
+        if required:
+            raise
+        _LOG.warning("distillation is left out of the choice: %s", error)
+        return []
+    best = best_first(rows)[0]
+    shares = tried.mixed(best)
+    if not shares or best.score() == -math.inf:
+        return rows
+    steps = (best.relax_steps,) if tried.taught_steps else ()
+    try:
+        grid = _within(search, shares, tried.max_heads)
+        return rows + search.score("mixed", grid, MIXED_FOLDS, steps)
+    except (NothingTaughtError, TooManyHeadsError) as error:
+        _LOG.warning("label_share stays %g: %s", best.label_share, error)
+        return rows
+
+
+def _bests(rows: Sequence[Candidate]) -> list[Candidate]:
+    """The best row of each round, in their order."""
+    names = dict.fromkeys(row.round for row in rows)
+    return [best_first([row for row in rows if row.round == name])[0] for name in names]
 
 
 def _check(

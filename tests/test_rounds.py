@@ -1,0 +1,69 @@
+"""What the rounds of a choice try: layers, penalties, steps and shares, and their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tl_laai import rounds
+from tl_laai.candidates import Trial
+from tl_laai.rounds import Rounds
+
+ASKED = Rounds(tuple(range(18)), 18, None, None, ("answers", "distill"), None, 0.0)
+
+
+def test_finalists_are_not_neighbours_while_there_are_others() -> None:
+    assert ASKED.apart([4, 3, 5, 8, 7, 1]) == [4, 8, 1, 3, 5, 7]
+    assert replace(ASKED, n_layers=3).apart([1, 0, 2]) == [1, 0, 2]
+    assert ASKED.apart([]) == []
+
+
+def test_few_layers_are_not_screened() -> None:
+    assert replace(ASKED, layers=(4, 8, 1)).screening() == []
+    four = replace(ASKED, layers=(4, 8, 1, 0))
+    assert four.screening() == [Trial(layer, 0.0) for layer in (4, 8, 1, 0)]
+    penalised = replace(four, relax_steps=())
+    assert {trial.alpha for trial in penalised.screening()} == {rounds.SCREENING_ALPHA}
+    assert (four.brief, penalised.brief) == ((rounds.SCREENING_STEPS,), ())
+
+
+@pytest.mark.parametrize(
+    ("relax_steps", "max_heads", "alphas"),
+    [
+        (None, None, rounds.ALPHAS),
+        ((), None, rounds.PENALISED_ALPHAS),
+        (None, 2, rounds.SPARSE_ALPHAS),
+        ((), 2, rounds.SPARSE_ALPHAS),
+    ],
+)
+def test_the_best_layers_meet_every_penalty(
+    relax_steps: tuple[int, ...] | None, max_heads: int | None, alphas: tuple[float, ...]
+) -> None:
+    own = replace(ASKED, relax_steps=relax_steps, max_heads=max_heads)
+    expected = [Trial(layer, alpha) for layer in (2, 7, 9) for alpha in alphas]
+    assert own.labelled([9, 2, 7, 1]) == expected
+    given = replace(own, alphas=[0.4])
+    assert given.labelled([9, 2, 7, 1]) == [Trial(layer, 0.4) for layer in (2, 7, 9)]
+    assert replace(own, objectives=("distill",)).labelled([9, 2, 7, 1]) == []
+
+
+def test_distilled_fits_are_tried_at_one_share_then_at_every_share() -> None:
+    last = rounds.DISTILLED_SHARES[-1]
+    tried = ASKED.taught([9, 2, 7, 1])
+    assert tried == [Trial(layer, 0.0, "distill", last) for layer in (2, 7, 9)]
+    mixed = [Trial(7, 0.0, "distill", share) for share in rounds.DISTILLED_SHARES]
+    assert ASKED.mixed(tried[1]) == mixed
+    given = replace(ASKED, label_share=0.3)
+    assert {trial.label_share for trial in given.taught([4])} == {0.3}
+    assert given.mixed(tried[1]) == []
+    sparse = replace(ASKED, max_heads=2).mixed(tried[1])
+    assert [trial.alpha for trial in sparse] == [*rounds.SPARSE_ALPHAS] * len(mixed)
+    assert replace(ASKED, objectives=("answers",)).taught([4]) == []
+
+
+def test_steps_are_ascending() -> None:
+    assert ASKED.steps == rounds.RELAX_STEPS
+    assert ASKED.taught_steps == rounds.DISTILLED_STEPS
+    own = replace(ASKED, relax_steps=(30, 5))
+    assert own.steps == own.taught_steps == (5, 30)
