@@ -8,17 +8,18 @@ A smaller training set is the beginning of a larger one; the held-out examples a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from common import FIGURES, parser, tasks
 from tables import (
     ALPHA,
-    N_FOLDS,
     Row,
     answer_row,
     by_method,
     described,
+    distilling,
     layers_of,
     markdown,
     percent,
@@ -35,38 +36,40 @@ SEEDS = (0, 1, 2, 3, 4)
 SIZES = (5, 10, 20, 50)
 N_TEST = 100
 TASKS = ("country-capital", "english-french", "singular-plural", "antonym")
-# Of distillation, as in table_rules.py.
-TAUGHT_STEPS, LABEL_SHARE = (30, 45), 0.2
 NAME = "table_examples"
 
 
-def compute_one(model: Any, task: Any, seed: int, n_train: int) -> list[Row]:
+def fits(model: Any, data: Any, seed: int) -> list[Row]:
+    """Prompting, and fits on labels."""
     from tl_laai import evaluate, fit_auto
-    from tl_laai.adapters import hugging_face_model
-    from tl_laai.distillation import Distillation
-    from tl_laai.finetuning_selection import tune_fine_tuning
-    from tl_laai.recipes import draw
 
-    data = draw(task, train=n_train, test=N_TEST, seed=seed)
-    rows = [answer_row("few-shot", evaluate(model, data.test, demonstrations=data.train))]
-    labels = fit_auto(
+    chosen = fit_auto(
         model, data.train, layers=layers_of(model), alphas=(ALPHA, 0.0), **search(seed)
     )
-    taught = fit_auto(
-        model,
-        data.train,
-        layers=[labels.layer],
-        alphas=[0.0],
-        relax_steps=TAUGHT_STEPS,
-        objectives=("distill",),
-        n_folds=N_FOLDS,
-        seed=seed,
-        distillation=Distillation(label_share=LABEL_SHARE, seed=seed),
-    )
-    for name, chosen in (("fitted", labels), ("distilled", taught)):
-        score = evaluate(model, data.test, intervention=chosen.fit.intervention)
-        rows.append(answer_row(name, score, described(chosen.candidate)))
+    score = evaluate(model, data.test, intervention=chosen.fit.intervention)
+    few_shot = evaluate(model, data.test, demonstrations=data.train)
+    return [
+        answer_row("few-shot", few_shot),
+        answer_row("fitted", score, described(chosen.candidate)),
+    ]
+
+
+def distilled(model: Any, data: Any, seed: int) -> list[Row]:
+    """Fits on what the few-shot prompt answers."""
+    from tl_laai import evaluate, fit_auto
+
+    chosen = fit_auto(model, data.train, layers=layers_of(model), **distilling(seed))
+    score = evaluate(model, data.test, intervention=chosen.fit.intervention)
+    return [answer_row("distilled", score, described(chosen.candidate))]
+
+
+def finetuning(model: Any, data: Any, seed: int) -> list[Row]:
+    """LoRA and IA3, tuned as in table_rules.py."""
+    from tl_laai.adapters import hugging_face_model
+    from tl_laai.finetuning_selection import tune_fine_tuning
+
     plain = hugging_face_model(MODEL, like=model)
+    rows = []
     for method in ("lora", "ia3"):
         tuned = tune_fine_tuning(model, data.train, method=method, seed=seed, hf_model=plain)
         setting = f"learning rate {tuned.learning_rate:g}, {tuned.steps} steps"
@@ -74,18 +77,28 @@ def compute_one(model: Any, task: Any, seed: int, n_train: int) -> list[Row]:
     return rows
 
 
-def compute(names: list[str], seeds: list[int], sizes: list[int]) -> None:
+GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
+    "fits": fits,
+    "distilled": distilled,
+    "finetuning": finetuning,
+}
+
+
+def compute(groups: list[str], names: list[str], seeds: list[int], sizes: list[int]) -> None:
     from tl_laai import load_model
+    from tl_laai.recipes import draw
 
     model = load_model(MODEL, device="cpu")
     jobs = []
     for seed in seeds:
         for task in tasks(names):
             for n_train in sizes:
-                shared = {"model": MODEL, "task": task.name, "seed": seed, "n_train": n_train}
-                job = partial(compute_one, model, task, seed, n_train)
-                jobs.append((shared | source(task), job))
-    resume(NAME, ("model", "task", "seed", "n_train", "digest"), jobs)
+                data = draw(task, train=n_train, test=N_TEST, seed=seed)
+                for group in groups:
+                    shared = {"model": MODEL, "task": task.name, "seed": seed, "group": group}
+                    shared |= {"n_train": n_train, **source(task)}
+                    jobs.append((shared, partial(GROUPS[group], model, data, seed)))
+    resume(NAME, ("model", "task", "seed", "group", "n_train", "digest"), jobs)
 
 
 def show(rows: list[Row]) -> None:
@@ -104,12 +117,13 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     options.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK")
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
     arguments = options.parse_args()
     if not arguments.from_rows:
-        compute(arguments.tasks, arguments.seeds, arguments.sizes)
+        compute(arguments.groups, arguments.tasks, arguments.seeds, arguments.sizes)
     show(read_rows(FIGURES / f"{NAME}.jsonl"))
 
 

@@ -18,8 +18,9 @@ Row = dict[str, Any]
 MORE = "\n---\n"
 
 # A smaller search than fit_auto's default, the same number of folds as the baselines get. Layers,
-# penalty and steps are those that did well on four rule tasks with seed 100.
+# penalty and steps are those that did well on rule tasks with seed 100.
 STEPS, N_FOLDS, ALPHA, CHOOSING_EVALUATIONS = (15, 30, 60), 2, 0.9, 15
+TAUGHT_STEPS, LABEL_SHARE = 45, 0.5
 
 
 def layers_of(model: Any) -> list[int]:
@@ -31,6 +32,18 @@ def layers_of(model: Any) -> list[int]:
 def search(seed: int) -> dict[str, Any]:
     """Settings of `fit_auto` that all tables share."""
     return {"relax_steps": STEPS, "n_folds": N_FOLDS, "seed": seed}
+
+
+def distilling(seed: int) -> dict[str, Any]:
+    """The same of distilled fits: their layer alone is chosen, by what the teacher says."""
+    from tl_laai.distillation import Distillation
+
+    settings = Distillation(label_share=LABEL_SHARE, seed=seed)
+    return search(seed) | {
+        "relax_steps": [TAUGHT_STEPS],
+        "objectives": ["distill"],
+        "distillation": settings,
+    }
 
 
 def resume(
@@ -73,7 +86,8 @@ def answer_row(method: str, evaluation: Any, setting: str = "", **more: Any) -> 
 def described(chosen: Any) -> str:
     """A candidate of a validation table, in words."""
     steps = f", {chosen.relax_steps} steps" if chosen.relax_steps else ""
-    return f"{chosen.objective}, layer {chosen.layer}, {chosen.alpha:g} lambda_max{steps}"
+    share = f" and {chosen.label_share:g} labels" if chosen.label_share else ""
+    return f"{chosen.objective}{share}, layer {chosen.layer}, {chosen.alpha:g} lambda_max{steps}"
 
 
 def by_method(rows: Sequence[Row], column: str) -> dict[str, dict[str, list[Row]]]:
