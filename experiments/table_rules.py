@@ -283,6 +283,7 @@ def show(rows: list[Row]) -> None:
     for method, column in (
         ("penalised", "status"),
         ("relaxed", "n_heads"),
+        ("relaxed, half", "n_heads"),
         ("best by validation", "setting"),
         ("learnt-heads", "setting"),
     ):
