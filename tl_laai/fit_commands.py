@@ -306,9 +306,8 @@ def _fit_auto(
                 f"{c.alpha:g}",
                 str(c.relax_steps or "-"),
                 c.objective + (f" + {c.label_share:g}" if c.label_share else ""),
-                "-" if c.validation_probability is None else f"{c.validation_probability:.1%}",
-                "KL " * (c.round == "distilled")
-                + f"{c.validation_loss:.3f} ± {c.standard_error:.3f}",
+                "by KL" if c.validation_probability is None else f"{c.validation_probability:.1%}",
+                f"{c.validation_loss:.3f} ± {c.standard_error:.3f}",
                 f"{c.n_heads:.1f}",
                 "chosen" if c is chosen.candidate else "",
             )
