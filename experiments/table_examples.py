@@ -15,11 +15,13 @@ from typing import Any
 from common import FIGURES, parser, tasks
 from tables import (
     ALPHA,
+    MODEL,
     Row,
     answer_row,
     by_method,
     described,
     distilling,
+    finetuning,
     layers_of,
     markdown,
     percent,
@@ -31,7 +33,6 @@ from tables import (
 
 from tl_laai.rows import read_rows
 
-MODEL = "gemma-3-270m"
 SEEDS = (0, 1, 2, 3, 4)
 SIZES = (5, 10, 20, 50)
 N_TEST = 100
@@ -61,20 +62,6 @@ def distilled(model: Any, data: Any, seed: int) -> list[Row]:
     chosen = fit_auto(model, data.train, layers=layers_of(model), **distilling(seed))
     score = evaluate(model, data.test, intervention=chosen.fit.intervention)
     return [answer_row("distilled", score, described(chosen.candidate))]
-
-
-def finetuning(model: Any, data: Any, seed: int) -> list[Row]:
-    """LoRA and IA3, tuned as in table_rules.py."""
-    from tl_laai.adapters import hugging_face_model
-    from tl_laai.finetuning_selection import tune_fine_tuning
-
-    plain = hugging_face_model(MODEL, like=model)
-    rows = []
-    for method in ("lora", "ia3"):
-        tuned = tune_fine_tuning(model, data.train, method=method, seed=seed, hf_model=plain)
-        setting = f"learning rate {tuned.learning_rate:g}, {tuned.steps} steps"
-        rows.append(answer_row(method, tuned.fine_tuned.evaluate(data.test), setting))
-    return rows
 
 
 GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {

@@ -23,6 +23,7 @@ from common import FIGURES, RULES, parser, tasks
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
+    MODEL,
     MORE,
     N_FOLDS,
     Row,
@@ -32,6 +33,7 @@ from tables import (
     described,
     difference,
     distilling,
+    finetuning,
     layers_of,
     markdown,
     percent,
@@ -42,7 +44,6 @@ from tables import (
 
 from tl_laai.rows import read_rows
 
-MODEL = "gemma-3-270m"
 SEEDS = (0, 1, 2, 3, 4)
 N_TRAIN, N_TEST = 10, 100
 HALF_ALPHAS = (0.9, 0.7, 0.6, 0.5)  # a smaller search than fit_auto's
@@ -194,20 +195,6 @@ def vectors(model: Any, data: Any, seed: int) -> list[Row]:
         answer_row(name, scores[name], str(t.setting), kl_unrelated=float(moved[name].mean()))
         for name, t in tuned.items()
     ]
-
-
-def finetuning(model: Any, data: Any, seed: int) -> list[Row]:
-    """LoRA and IA3, learning rate and steps by the same cross-validation."""
-    from tl_laai.adapters import hugging_face_model
-    from tl_laai.finetuning_selection import tune_fine_tuning
-
-    plain = hugging_face_model(MODEL, like=model)
-    rows = []
-    for method in ("lora", "ia3"):
-        tuned = tune_fine_tuning(model, data.train, method=method, seed=seed, hf_model=plain)
-        setting = f"learning rate {tuned.learning_rate:g}, {tuned.steps} steps"
-        rows.append(answer_row(method, tuned.fine_tuned.evaluate(data.test), setting))
-    return rows
 
 
 GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {

@@ -14,6 +14,8 @@ from tl_laai.metrics import paired_bootstrap
 
 Row = dict[str, Any]
 
+MODEL = "gemma-3-270m"  # of the tables that compare methods on one model
+
 # What a table's script prints below this line does not stand in the README.
 MORE = "\n---\n"
 
@@ -88,6 +90,20 @@ def described(chosen: Any) -> str:
     steps = f", {chosen.relax_steps} steps" if chosen.relax_steps else ""
     share = f" and {chosen.label_share:g} labels" if chosen.label_share else ""
     return f"{chosen.objective}{share}, layer {chosen.layer}, {chosen.alpha:g} lambda_max{steps}"
+
+
+def finetuning(model: Any, data: Any, seed: int) -> list[Row]:
+    """LoRA and IA3, learning rate and steps by the same cross-validation."""
+    from tl_laai.adapters import hugging_face_model
+    from tl_laai.finetuning_selection import tune_fine_tuning
+
+    plain = hugging_face_model(MODEL, like=model)
+    rows = []
+    for method in ("lora", "ia3"):
+        tuned = tune_fine_tuning(model, data.train, method=method, seed=seed, hf_model=plain)
+        setting = f"learning rate {tuned.learning_rate:g}, {tuned.steps} steps"
+        rows.append(answer_row(method, tuned.fine_tuned.evaluate(data.test), setting))
+    return rows
 
 
 def by_method(rows: Sequence[Row], column: str) -> dict[str, dict[str, list[Row]]]:

@@ -182,12 +182,3 @@ def test_fits_that_diverge_have_no_score(model: Any) -> None:
     rows = search.score("final", [Trial(1, 0.0)], 2, (2, 3))
     assert [row.relax_steps for row in rows] == [2, 3]
     assert all(row.score() == -math.inf for row in rows)
-
-
-def test_a_score_that_is_no_number_is_the_lowest() -> None:
-    rows = [
-        Candidate(1, 0.5, "final", 1.0, 0.1, score, 1.0, (1.0, 1.0), (score, 0.5))
-        for score in (math.nan, 0.2)
-    ]
-    assert rows[0].score() == -math.inf
-    assert rows[1].score() == pytest.approx(0.35)

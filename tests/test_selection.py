@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 from itertools import pairwise
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from tl_laai import rounds, selection
 from tl_laai.batches import NonFiniteError
-from tl_laai.candidates import Candidate, best_first
+from tl_laai.candidates import Candidate
 from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import AnswerRow, Evaluation
@@ -185,15 +184,6 @@ def test_one_layer_is_not_screened(model: Any) -> None:
     assert set(told) == {"final", "refit"}
     assert chosen.fit.penalty.l1 == pytest.approx(0.1 * chosen.fit.penalty.group)
     assert chosen.fit.intervention.position == "every_step"
-
-
-def test_a_candidate_without_a_finite_score_is_never_chosen() -> None:
-    rows = [
-        Candidate(layer, 0.5, "final", -score, 0.1, score, 1.0, (-score,) * 5, (score,) * 5)
-        for layer, score in enumerate([math.nan, 0.2, -math.inf, 0.4])
-    ]
-    assert best_first(rows)[0].layer == 3
-    assert json.dumps(selection._as_json(rows[0]), allow_nan=False).count("null") == 12
 
 
 @pytest.mark.parametrize(

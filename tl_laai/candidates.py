@@ -125,3 +125,9 @@ def candidates_of(
 def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Ranked by their score; those without a finite one come last."""
     return sorted(candidates, key=Candidate.score, reverse=True)
+
+
+def best_of_rounds(rows: Sequence[Candidate]) -> list[Candidate]:
+    """The best row of each round, in their order."""
+    names = dict.fromkeys(row.round for row in rows)
+    return [best_first([row for row in rows if row.round == name])[0] for name in names]

@@ -157,13 +157,13 @@ class CrossValidation:
             candidates += candidates_of(name, grid, steps, deltas[:, None], losses, None)
         return candidates
 
-    def within(self, name: str, grid: Sequence[Trial], max_heads: int) -> list[Trial]:
+    def within(self, name: str, grid: Sequence[Trial], max_heads: int | None) -> list[Trial]:
         """Of each layer and label share, the trial that leaves the most heads up to `max_heads`.
 
         Args:
             name: of the round.
             grid: what is fitted, on all examples; where two leave as many, the first is taken.
-            max_heads: the most heads that may be left.
+            max_heads: the most heads that may be left; None keeps the whole grid, unfitted.
 
         Returns:
             At most one trial a layer and share: none where all leave more heads, or none.
@@ -171,6 +171,8 @@ class CrossValidation:
         Raises:
             TooManyHeadsError: nothing is left of the grid.
         """
+        if max_heads is None:
+            return list(grid)
         problems, before = [self._problem(trial) for trial in grid], self._done
         found = self._fit(name, problems, (), self.max_evaluations)[0]
         self._done = before + self.cost(grid, 1, ())

@@ -1,15 +1,12 @@
 """Chooses layer, penalty and stopping by cross-validation inside the given examples.
 
-Two rounds on the batch engine: every layer is tried briefly on few folds; the best few that are
-not neighbours go on to every penalty and number of steps. What is compared is told in
-`tl_laai.crossvalidation`.
+What is tried is told in `tl_laai.rounds`, how it is compared in `tl_laai.crossvalidation`.
 
 Distillation (`tl_laai.distillation`) is taken where the teacher itself, asked each example after
 the others, answers more of them right than the best fit on labels does of those held out from it;
 where both are level, the answers' probability decides, which alone would not do: fits are sure of
 their answers, teachers are not. Distilled fits on folds would say less: their teachers read few
-examples, and they are tried on few inputs. Among distilled fits the teacher's answers to inputs
-that were held out decide on layer and steps, then folds of the labels on their share.
+examples, and they are tried on few inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from typing import Any, cast
 
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit, NonFiniteError
-from tl_laai.candidates import Candidate, Trial, best_first
+from tl_laai.candidates import Candidate, Trial, best_first, best_of_rounds
 from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import Evaluation
@@ -171,8 +168,7 @@ def fit_auto(
     """
     labels = _labels(examples) if groups is None else list(groups)
     n_layers = backend_of(model).n_layers
-    candidates = list(range(n_layers)) if layers is None else list(layers)
-    candidates = list(dict.fromkeys(candidates))
+    candidates = list(dict.fromkeys(range(n_layers) if layers is None else layers))
     _check(model, examples, labels, candidates, alphas, relax_steps or (), objectives, max_heads)
     tried = Rounds(
         tuple(candidates), n_layers, alphas, relax_steps, tuple(objectives), max_heads,
@@ -195,7 +191,9 @@ def fit_auto(
         ranked = tried.apart([row.layer for row in best_first(table)])
     best: Candidate | None = None
     if grid := tried.labelled(ranked):
-        rows = search.score("final", _within(search, grid, max_heads), len(folds), tried.steps)
+        rows = search.score(
+            "final", search.within("heads", grid, max_heads), len(folds), tried.steps
+        )
         table += rows
         rows = best_first(rows)
         ranked, best = list(dict.fromkeys(row.layer for row in rows)), rows[0]
@@ -209,7 +207,9 @@ def fit_auto(
     if grid and (teacher is None or held_out is None or does_better(teacher, held_out)):
         rows = _distilled(tried, search, grid, required=best is None)
         table += rows
-        best = next((row for row in reversed(_bests(rows)) if row.score() > -math.inf), best)
+        best = next(
+            (row for row in reversed(best_of_rounds(rows)) if row.score() > -math.inf), best
+        )
     if best is None or best.score() == -math.inf:
         raise NonFiniteError(
             f"learning_rate is {learning_rate}: no candidate has a finite score on held-out "
@@ -238,8 +238,7 @@ def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
 
     By right answers; where level, by their probability, which for fits includes the answer's end.
     """
-    scores = [(e.exact_match, e.probability) for e in (teacher, labelled)]
-    return scores[0] > scores[1]
+    return (teacher.exact_match, teacher.probability) > (labelled.exact_match, labelled.probability)
 
 
 def _work(tried: Rounds, search: CrossValidation) -> int:
@@ -262,17 +261,13 @@ def _work(tried: Rounds, search: CrossValidation) -> int:
     )
 
 
-def _within(search: CrossValidation, grid: list[Trial], max_heads: int | None) -> list[Trial]:
-    return grid if max_heads is None else search.within("heads", grid, max_heads)
-
-
 def _distilled(
     tried: Rounds, search: CrossValidation, grid: list[Trial], *, required: bool
 ) -> list[Candidate]:
     """Both rounds of distilled fits; none of their rows where they fail and are not required."""
     try:
         rows = search.score_by_teacher(
-            "distilled", _within(search, grid, tried.max_heads), tried.taught_steps
+            "distilled", search.within("heads", grid, tried.max_heads), tried.taught_steps
         )
     except (NothingTaughtError, TooManyHeadsError) as error:
         if required:
@@ -285,17 +280,11 @@ def _distilled(
         return rows
     steps = (best.relax_steps,) if tried.taught_steps else ()
     try:
-        grid = _within(search, shares, tried.max_heads)
+        grid = search.within("heads", shares, tried.max_heads)
         return rows + search.score("mixed", grid, MIXED_FOLDS, steps)
     except (NothingTaughtError, TooManyHeadsError) as error:
         _LOG.warning("label_share stays %g: %s", best.label_share, error)
         return rows
-
-
-def _bests(rows: Sequence[Candidate]) -> list[Candidate]:
-    """The best row of each round, in their order."""
-    names = dict.fromkeys(row.round for row in rows)
-    return [best_first([row for row in rows if row.round == name])[0] for name in names]
 
 
 def _check(
@@ -323,10 +312,10 @@ def _check(
         raise ValueError("alphas is empty: give at least one share of lambda_max.")
     if not layers:
         raise ValueError("layers is empty: give at least one layer, or None for all.")
-    n_layers = backend_of(model).n_layers
+    last = backend_of(model).n_layers - 1
     for layer in layers:
-        if not 0 <= layer < n_layers:
-            raise ValueError(f"layers holds {layer}; this model has layers 0 to {n_layers - 1}.")
+        if not 0 <= layer <= last:
+            raise ValueError(f"layers holds {layer}; this model has layers 0 to {last}.")
     for steps in relax_steps:
         if steps < 1:
             raise ValueError(f"relax_steps holds {steps}; give 1 or more, or leave it empty.")
