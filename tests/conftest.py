@@ -24,6 +24,11 @@ needs_hooked = pytest.mark.skipif(
     not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer"
 )
 
+exact_products = pytest.mark.skipif(
+    not (torch.backends.mkl.is_available() and os.environ["MKL_CBWR"].endswith("STRICT")),
+    reason="this torch multiplies matrices by another library than MKL, or MKL_CBWR is set",
+)
+
 POSITIONS = ("prompt_end", "every_step")
 every_position = pytest.mark.parametrize("position", POSITIONS)
 

@@ -148,6 +148,20 @@ def loads_torch(statement: str) -> bool:
     return run.stdout.strip() == "True"
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, "AUTO,STRICT"), ("COMPATIBLE", "COMPATIBLE")])
+def test_products_are_asked_to_round_alike_unless_the_user_asks_otherwise(
+    given: str | None, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    if given is not None:
+        monkeypatch.setenv("MKL_CBWR", given)
+    script = "import os, tl_laai; print(os.environ['MKL_CBWR'])"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == kept
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_room_has_a_level(room: str) -> None:
     assert room in LEVELS, f"give tl_laai/{room}.py a level here and in the README's table"

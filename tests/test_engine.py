@@ -7,7 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import POSITIONS, every_position
+from conftest import POSITIONS, every_position, exact_products
 from tiny import tiny_model
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from tl_laai.backends import backend_of
 from tl_laai.engine import Engine, bytes_per_token, memory_estimate
 from tl_laai.packing import FrozenPrompts
 from tl_laai.prefix import freeze
+from tl_laai.problems import engine_for
 from tl_laai.prompts import TokenisedExample, tokenise
 from tl_laai.tasks import Task
 
@@ -124,17 +125,20 @@ def test_an_example_may_count_twice_in_a_problem(windowed: Any) -> None:
 # ----------------------------------------------------------------------- batches and chunks
 
 
-def test_a_batch_equals_its_problems_one_by_one(windowed: Any) -> None:
-    prompts = freeze(windowed, oracle.random_examples(oracle.LENGTHS))
-    layers, rows = [2, 0, 1], [[0, 1, 2], [3], [4, 1]]
-    deltas = deltas_for(windowed, 3)
-    batched = Engine(prompts, layers=layers, rows=rows)
-    losses, gradients = batched.value_and_grad(deltas, torch.arange(3))
-    for i in range(3):
-        alone = Engine(prompts, layers=[layers[i]], rows=[rows[i]])
+@exact_products
+@every_position
+def test_a_batch_equals_its_problems_one_by_one_bit_for_bit(model: Any, position: str) -> None:
+    examples = oracle.random_examples(oracle.LENGTHS)
+    layers, rows = [2, 0, 1, 1], [[0, 1, 2], [3], [4, 1], [0, 1, 2, 3, 4] * 4]
+    deltas = deltas_for(model, 4)
+    batched = Engine(freeze(model, examples), layers=layers, rows=rows, position=position)
+    losses, gradients = batched.value_and_grad(deltas, torch.arange(4))
+    for i, own in enumerate(rows):
+        prompts = freeze(model, [examples[row] for row in own])
+        alone = Engine(prompts, layers=[layers[i]], rows=[range(len(own))], position=position)
         loss, gradient = alone.value_and_grad(deltas[i : i + 1], torch.tensor([0]))
-        torch.testing.assert_close(loss[0], losses[i], rtol=1e-12, atol=0)
-        torch.testing.assert_close(gradient[0], gradients[i], rtol=1e-10, atol=1e-13)
+        assert torch.equal(loss[0], losses[i])
+        assert torch.equal(gradient[0], gradients[i])
 
 
 @pytest.mark.parametrize("tokens_a_chunk", [1, 5, 9, 20])
@@ -328,3 +332,28 @@ def test_engine_equals_the_full_forward_on_gemma_in_float32(gemma: Any) -> None:
             )
             assert losses[i].item() == pytest.approx(loss, rel=1e-5)  # measured: 2e-6
             assert oracle.relative(gradients[i], gradient) < 1e-4  # measured: 8e-6
+
+
+@exact_products
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_batch_equals_its_problems_one_by_one_on_gemma_bit_for_bit(
+    gemma: Any, n_threads: int
+) -> None:
+    names = ("country-capital", "english-french", "antonym")
+    sets = [Task.load(name).split(train=k, seed=0).train for name in names for k in (1, 10)]
+    layers = [9, 3, 17, 12, 0, 9]
+    deltas = torch.stack([oracle.random_delta(gemma, seed=s, scale=0.3) for s in range(6)]).float()
+    torch.set_num_threads(n_threads)
+    try:
+        whole = engine_for(gemma, sets, layers=layers)
+        cut = engine_for(gemma, sets, layers=layers, max_memory=0.03)
+        assert len(cut.plans(range(6))) > len(whole.plans(range(6)))
+        got = [engine.value_and_grad(deltas, torch.arange(6)) for engine in (whole, cut)]
+        for i in range(6):
+            alone = engine_for(gemma, [sets[i]], layers=[layers[i]])
+            loss, gradient = alone.value_and_grad(deltas[i : i + 1], torch.tensor([0]))
+            for losses, gradients in got:
+                assert torch.equal(loss[0], losses[i])
+                assert torch.equal(gradient[0], gradients[i])
+    finally:
+        torch.set_num_threads(1)

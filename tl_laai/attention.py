@@ -1,10 +1,34 @@
-"""Attention over a frozen prefix and own suffix keys, from queries, keys, values and positions."""
+"""Attention over a frozen prefix and own suffix keys, from queries, keys, values and positions.
+
+What a row's attention rounds to must not depend on the rows beside it in a batch (see
+`tl_laai.__init__`), so what they share, the room for keys and steps, is taken in sizes within which
+the kernels do the same: vectors of a softmax line up, and no matrix is a vector, or tiny.
+"""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+_VECTOR = 16
+"""Numbers in the widest vector of a CPU, in float32."""
+
+_TINY = 400
+"""Multiplications below which torch takes another kernel for a batch of matrix products."""
+
+
+def room_for_keys(longest: int) -> int:
+    """Places for the keys of prefixes, of which the longest has so many."""
+    return -(-longest // _VECTOR) * _VECTOR
+
+
+def least_steps(heads_a_key: int, d_head: int) -> int:
+    """Places for the suffix tokens of a row, at least."""
+    steps = 2
+    while heads_a_key * d_head * steps**2 < _TINY:
+        steps += 1
+    return steps
 
 
 def visible(

@@ -92,19 +92,19 @@ class _CappedMean(torch.autograd.Function):
         assert head.softcap is not None
         n, n_teachers, _ = of.teachers.shape
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        columns = hidden.detach().T.to(wide)
-        teachers = of.teachers.to(wide).flatten(0, 1).T
-        value = columns.new_zeros(n)
-        pulled = columns.new_zeros(columns.shape)
-        log_totals = of.log_totals.to(wide).flatten()
-        for part, bias in slices(head, n * (1 + n_teachers), wide):
-            p = head.cap(part @ teachers + bias).sub_(log_totals).exp_()
-            p = p.unflatten(1, (n, n_teachers)).mean(dim=2)
-            logits = head.cap(part @ columns + bias)
-            value += (p * logits).sum(dim=0)
+        student = hidden.detach().to(wide)
+        teachers = of.teachers.to(wide).flatten(0, 1)
+        value = student.new_zeros(n)
+        pulled = torch.zeros_like(student)
+        log_totals = of.log_totals.to(wide).flatten()[:, None]
+        for part, bias in slices(head, wide):
+            p = head.cap(teachers @ part.T + bias).sub_(log_totals).exp_()
+            p = p.unflatten(0, (n, n_teachers)).mean(dim=1)
+            logits = head.cap(student @ part.T + bias)
+            value += (p * logits).sum(dim=1)
             slope = 1 - (logits / head.softcap).square()
-            pulled.addmm_(part.T, p.mul_(slope))
-        ctx.save_for_backward(pulled.T.to(hidden.dtype))
+            pulled.addmm_(p.mul_(slope), part)
+        ctx.save_for_backward(pulled.to(hidden.dtype))
         return value
 
     @staticmethod
@@ -124,20 +124,19 @@ def mean_distribution(
         head: the unembedding.
     """
     n_teachers, n, d = hidden.shape
-    flat = hidden.flatten(0, 1)
-    wide = torch.promote_types(flat.dtype, torch.float32)
-    log_totals = log_sum_exp_minus(flat.to(wide), head, torch.zeros_like(flat, dtype=wide))
-    columns = flat.T.to(wide)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    flat = hidden.flatten(0, 1).to(wide)
+    log_totals = log_sum_exp_minus(flat, head, torch.zeros_like(flat))
     mean_rows = None if head.softcap else log_totals.new_zeros((n, d))
     offsets = log_totals.new_zeros(n)
-    for part, bias in slices(head, len(flat), wide):
-        logits = head.cap(part @ columns + bias)
-        average = logits.sub_(log_totals).exp_().unflatten(1, (n_teachers, n)).mean(dim=1)
-        offsets -= torch.xlogy(average, average).sum(dim=0)
+    for part, bias in slices(head, wide):
+        logits = head.cap(flat @ part.T + bias)
+        average = logits.sub_(log_totals[:, None]).exp_().unflatten(0, (n_teachers, n)).mean(dim=0)
+        offsets -= torch.xlogy(average, average).sum(dim=1)
         if mean_rows is not None:
-            mean_rows += average.T @ part
+            mean_rows += average @ part
             # A bias of -inf forbids a token: it has no share, and 0 * -inf is no number.
-            offsets += torch.where(average > 0, average * bias, 0).sum(dim=0)
+            offsets += torch.where(average > 0, average * bias, 0).sum(dim=1)
     if mean_rows is not None:
         return Distributions(offsets, mean_rows)
     kept = hidden.transpose(0, 1).contiguous()

@@ -107,9 +107,10 @@ class Engine:
         problems: Int[Tensor, " n_active"],
     ) -> Float[Tensor, " n_active"]:
         """Loss of each listed problem under its Delta, in nats."""
+        listed = problems.tolist()
         with torch.no_grad():
-            parts = [plan.loss(deltas, plan.problem) for plan in self.plans(problems.tolist())]
-        return torch.stack(parts).sum(0)
+            parts = [plan.loss(deltas, plan.problem) for plan in self.plans(listed)]
+        return self._of_problems(torch.stack(parts).sum(0), listed)
 
     def value_and_grad(
         self,
@@ -144,14 +145,18 @@ class Engine:
         copies = deltas.detach().repeat_interleave(
             torch.tensor(n_terms, device=deltas.device), dim=0
         )
-        total, gradient = deltas.new_zeros(len(listed)), torch.zeros_like(copies)
+        total, gradient = deltas.new_zeros(len(copies)), torch.zeros_like(copies)
         for plan in self.plans(listed):
             leaf = copies.detach().requires_grad_()
             with torch.enable_grad():
                 loss = plan.loss(leaf, plan.term)
                 gradient += torch.autograd.grad(loss.sum(), leaf)[0]
             total += loss.detach()
-        return total, list(gradient.split(n_terms))
+        return self._of_problems(total, listed), list(gradient.split(n_terms))
+
+    def _of_problems(self, terms: Tensor, listed: Sequence[int]) -> Tensor:
+        """Losses of the listed problems, from those of their terms one after the other."""
+        return torch.stack([own.sum() for own in terms.split([self.n_terms[p] for p in listed])])
 
 
 def bytes_per_token(backend: Backend, n_keys: int, lowest_layer: int) -> int:
@@ -248,7 +253,6 @@ class _Plan:
     ) -> None:
         prompts = engine.prompts
         self.engine = engine
-        self.n_active = len(problems)
         device = prompts.tokens.device
         parts = [(problems[a], slice(part.start, part.stop)) for a, part in chunk]
         rows = torch.cat([engine.rows[p][part] for p, part in parts])
@@ -257,6 +261,7 @@ class _Plan:
             [torch.full((len(part),), a, device=device) for a, part in chunk]
         )
         n_terms = [engine.n_terms[p] for p in problems]
+        self.n_terms = sum(n_terms)
         first_term = [sum(n_terms[:a]) for a in range(len(n_terms))]
         row_term = [
             first_term[a] + i * n_terms[a] // len(engine.rows[problems[a]])
@@ -295,7 +300,8 @@ class _Plan:
             where = self.edits.get(layer)
             if where is None:
                 return z
-            return z.index_add(0, where, deltas[of[where]].to(z.dtype))
+            # Not `deltas[...]`, whose gradient several threads add up in any order.
+            return z.index_add(0, where, deltas.index_select(0, of[where]).to(z.dtype))
 
         x = last_residual(run(self.packing, self.entries, edit))
         if len(self.counted) < len(x):
@@ -307,7 +313,6 @@ class _Plan:
         )
 
     def loss(self, deltas: Tensor, of: Tensor) -> Tensor:
-        """Loss of every active problem, the part of it in this chunk, `[n_active]`."""
+        """Loss of every term of the active problems, the part of it in this chunk, `[n_terms]`."""
         weighted = (self.per_token(deltas, of) * self.weight).to(deltas.dtype)
-        problem = self.problem[self.counted]
-        return deltas.new_zeros(self.n_active).index_add(0, problem, weighted)
+        return deltas.new_zeros(self.n_terms).index_add(0, self.term[self.counted], weighted)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_laai.attention import attend, visible
+from tl_laai.attention import attend, least_steps, visible
 from tl_laai.backends import Backend, rank_within
 from tl_laai.prompts import TokenisedExample
 
@@ -34,7 +34,7 @@ class FrozenPrompts:
         examples: what was frozen, in order.
         prefix_of: index of each example's prefix, `[n_examples]`; equal prefixes are shared.
         prefix_lengths: tokens of each prefix, `[n_prefixes]`.
-        keys: layer -> `[n_prefixes, n_kv_heads, longest_prefix, d_head]`.
+        keys: layer -> `[n_prefixes, n_kv_heads, room_for_keys, d_head]`.
         values: the same.
         offsets: where an example's suffix tokens start in the arrays below, `[n_examples + 1]`.
         tokens, positions, targets: of every suffix token, `[n_tokens]`; the target of a token
@@ -111,7 +111,10 @@ class Packing:
         self.last = starts + lengths - 1
         self.used, prefix = torch.unique(prompts.prefix_of[rows], return_inverse=True)
         rank = rank_within(prefix)
-        self.grid = (len(self.used), int(rank.max()) + 1, int(lengths.max()))
+        backend = prompts.backend
+        least = least_steps(backend.n_heads // backend.n_kv_heads, backend.d_head)
+        steps = max(int(lengths.max()), least)
+        self.grid = (len(self.used), int(rank.max()) + 1, steps)
         self.row_slot = prefix * self.grid[1] + rank
         self.slot = self.row_slot[self.row] * self.grid[2] + self.step
         per_stage = torch.bincount(stages.to(device)[self.row], minlength=n_stages)

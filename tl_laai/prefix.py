@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_laai.attention import room_for_keys
 from tl_laai.backends import Backend, backend_of
 from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
 from tl_laai.prompts import TokenisedExample
@@ -122,9 +123,9 @@ def _common_prefix(examples: Sequence[TokenisedExample]) -> int:
 def _prefill(
     backend: Backend, prefixes: Sequence[tuple[int, ...]]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Keys and values of each prefix; equal lengths together, so that nothing is padded."""
-    longest = max(len(p) for p in prefixes)
-    shape = (len(prefixes), backend.n_kv_heads, longest, backend.d_head)
+    """Keys and values of each prefix; equal lengths together, so that no padding is run."""
+    room = room_for_keys(max(len(p) for p in prefixes))
+    shape = (len(prefixes), backend.n_kv_heads, room, backend.d_head)
     keys, values = (
         {
             layer: torch.zeros(shape, dtype=backend.dtype, device=backend.device)

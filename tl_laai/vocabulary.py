@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SLICE_ELEMENTS = 1 << 21
-"""Largest number of logits alive at once; 8 MiB in float32."""
+"""How many weights of the unembedding a slice holds: 8 MiB in float32."""
 
 # Sums of exponentials outside these bounds are taken again, relative to the largest logit.
 _SAFE_SUM = (1e-20, 1e30)
@@ -45,10 +45,13 @@ class Unembedding:
         return self.softcap * torch.tanh(logits / self.softcap)
 
 
-def slice_width(n_tokens: int, d_vocab: int, d_model: int) -> int:
-    """How many vocabulary entries one slice holds: few logits, and a weight slice of ~8 MiB."""
-    width = min(SLICE_ELEMENTS // max(1, n_tokens), SLICE_ELEMENTS // max(1, d_model))
-    return max(1, min(d_vocab, max(512, width)))
+def slice_width(d_vocab: int, d_model: int) -> int:
+    """How many vocabulary entries one slice holds, whatever the number of tokens.
+
+    Sums over the vocabulary are rounded slice by slice: were slices cut by the number of tokens,
+    what is said of one token would depend on those beside it.
+    """
+    return max(1, min(d_vocab, max(512, SLICE_ELEMENTS // max(1, d_model))))
 
 
 def _sums(
@@ -67,41 +70,38 @@ def _sums(
     """
     n, d = hidden.shape
     accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    # One column a token: a tall product with a narrow right side is measurably faster here
-    # than a short one with a wide right side.
-    columns = hidden.T.contiguous()
     # Not -inf: a slice in which a bias of -inf forbids every token would give inf - inf.
     lowest = torch.finfo(accumulate).min if follow_peak else 0.0
     peak = hidden.new_full((n,), lowest, dtype=accumulate)
     total = hidden.new_zeros((n,), dtype=accumulate)
     pulled = hidden.new_zeros((n, d), dtype=accumulate)
-    width = slice_width(n, weight.shape[0], d)
+    width = slice_width(weight.shape[0], d)
     for start in range(0, weight.shape[0], width):
-        part = weight[start : start + width].to(columns)
-        logits = (part @ columns).to(accumulate)
+        part = weight[start : start + width].to(hidden)
+        logits = (hidden @ part.T).to(accumulate)
         if bias is not None:
-            logits += bias[start : start + width, None]
+            logits += bias[start : start + width]
         slope = None
         if softcap is not None:
             logits = torch.tanh(logits.div_(softcap))
             slope = 1 - logits.square()
             logits *= softcap
         if follow_peak:
-            new_peak = torch.maximum(peak, logits.amax(dim=0))
+            new_peak = torch.maximum(peak, logits.amax(dim=1))
             rescale = torch.exp(peak - new_peak)
             total *= rescale
             pulled *= rescale[:, None]
-            logits -= new_peak
+            logits -= new_peak[:, None]
             peak = new_peak
         logits = logits.exp_()
-        total += logits.sum(dim=0)
+        total += logits.sum(dim=1)
         if needs_gradient:
             if slope is not None:
                 logits *= slope
             if part.dtype == accumulate:
-                pulled.addmm_(logits.T, part)
+                pulled.addmm_(logits, part)
             else:
-                pulled += (logits.T.to(part.dtype) @ part).to(accumulate)
+                pulled += (logits.to(part.dtype) @ part).to(accumulate)
     return peak, total, pulled
 
 
@@ -137,8 +137,11 @@ class _Unembedded(torch.autograd.Function):
         narrow = hidden.dtype == torch.float16
         peak, total, pulled = _sums(source, weight, bias, softcap, needs_gradient, narrow)
         least, most = _SAFE_SUM
-        if not (narrow or bool(((total > least) & (total < most)).all())):
-            peak, total, pulled = _sums(source, weight, bias, softcap, needs_gradient, True)
+        unsafe = ~((total > least) & (total < most))
+        if not narrow and bool(unsafe.any()):
+            again = _sums(source[unsafe], weight, bias, softcap, needs_gradient, True)
+            for whole, part in zip((peak, total, pulled), again, strict=True):
+                whole[unsafe] = part
         if needs_gradient:
             ctx.save_for_backward((pulled / total[:, None] - rows).to(hidden.dtype))
         return peak + total.log() - value
@@ -196,12 +199,12 @@ def log_sum_exp_minus(
     return loss
 
 
-def slices(head: Unembedding, n_tokens: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Slices of the unembedding, `[width, d_model]`, and of its bias, `[width, 1]` or `[1]`."""
-    width = slice_width(n_tokens, *head.weight.shape)
+def slices(head: Unembedding, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slices of the unembedding, `[width, d_model]`, and of its bias, `[width]` or `[1]`."""
+    width = slice_width(*head.weight.shape)
     none = head.weight.new_zeros(1, dtype=dtype)
     for start in range(0, head.weight.shape[0], width):
-        bias = none if head.bias is None else head.bias[start : start + width, None].to(dtype)
+        bias = none if head.bias is None else head.bias[start : start + width].to(dtype)
         yield head.weight[start : start + width].to(dtype), bias
 
 
@@ -225,7 +228,7 @@ def next_token(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     best = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=wide)
     token = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
-    width = slice_width(hidden.shape[0], head.weight.shape[0], hidden.shape[1])
+    width = slice_width(*head.weight.shape)
     for start in range(0, head.weight.shape[0], width):
         logits = (hidden @ head.weight[start : start + width].T).to(wide)
         if head.bias is not None:
