@@ -6,10 +6,12 @@ import functools
 
 import pytest
 import torch
+from conftest import exact_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tl_laai.attention import attend, visible
+from tl_laai.attention import attend, least_steps, room_for_keys, visible
 
 
 @settings(deadline=None, max_examples=50)
@@ -59,3 +61,53 @@ def test_attention_over_prefix_and_suffix_equals_loops_over_heads_and_keys(
                     if softcap is not None:
                         scores = softcap * torch.tanh(scores / softcap)
                     torch.testing.assert_close(got[a, b, c, head], scores.softmax(0) @ v)
+
+
+@exact_products
+@settings(deadline=None, max_examples=60)
+@given(
+    heads=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 8])),
+    d=st.sampled_from([4, 8, 64, 256]),
+    n_prefix=st.integers(0, 40),
+    n_suffix=st.integers(1, 5),
+    longer=st.tuples(st.integers(0, 20), st.integers(0, 5)),
+    beside=st.tuples(st.integers(1, 5), st.integers(1, 16)),
+    wide=st.booleans(),
+)
+def test_a_row_rounds_alike_beside_others_with_longer_prefixes_and_suffixes(
+    heads: tuple[int, int],
+    d: int,
+    n_prefix: int,
+    n_suffix: int,
+    longer: tuple[int, int],
+    beside: tuple[int, int],
+    wide: bool,
+) -> None:
+    kv, g = heads
+    least = least_steps(g, d)
+    most = max(n_suffix + longer[1], least)
+    draw = functools.partial(torch.randn, dtype=torch.float64 if wide else torch.float32)
+    q, upstream = draw(*beside, most, kv * g, d), draw(*beside, most, kv * g, d)
+    keys, values = draw(*beside, most, kv, d), draw(*beside, most, kv, d)
+    prefix = draw(2, beside[0], kv, room_for_keys(n_prefix + longer[0]), d)
+
+    def row_zero(u: int, r: int, s: int, p: int) -> list[Tensor]:
+        """What the first row's tokens get, and the gradients of their q, k and v."""
+        positions = torch.arange(n_prefix, n_prefix + s).expand(u, r, s).clone()
+        positions[:, :, n_suffix:] = 1 << 30
+        at = torch.arange(p)
+        at = torch.where(at < n_prefix, at, 1 << 30).expand(u, -1)
+        own = [t[:u, :r, :s].clone().requires_grad_() for t in (q, keys, values)]
+        z = attend(
+            (u, r, s), own[0].reshape(u * r * s, kv * g, d), *prefix[:, :u, :, :p].contiguous(),
+            own[1], own[2], visible(positions, at, positions, None), 0.1, None,
+        ).view_as(own[0])  # fmt: skip
+        pulled = upstream[:u, :r, :s].clone()
+        pulled[:, :, n_suffix:] = 0
+        gradients = torch.autograd.grad((z * pulled).sum(), own)
+        return [t[0, 0, :n_suffix] for t in (z, *gradients)]
+
+    alone = row_zero(1, 1, max(n_suffix, least), room_for_keys(n_prefix))
+    together = row_zero(*beside, most, room_for_keys(n_prefix + longer[0]))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)

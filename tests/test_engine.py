@@ -12,6 +12,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from tl_laai import objectives
+from tl_laai.attention import room_for_keys
 from tl_laai.backends import backend_of
 from tl_laai.engine import Engine, bytes_per_token, memory_estimate
 from tl_laai.packing import FrozenPrompts
@@ -148,8 +149,8 @@ def test_chunks_add_up_to_the_whole(windowed: Any, tokens_a_chunk: int) -> None:
     deltas, problems = deltas_for(windowed, 4), torch.arange(4)
     whole = Engine(prompts, layers=layers, rows=rows, position="every_step")
     assert len(whole.plans(range(4))) == 1
-    longest = int(prompts.prefix_lengths.max()) + 1
-    memory = tokens_a_chunk * bytes_per_token(prompts.backend, longest, min(layers)) / 2**30
+    n_keys = room_for_keys(int(prompts.prefix_lengths.max())) + 1
+    memory = tokens_a_chunk * bytes_per_token(prompts.backend, n_keys, min(layers)) / 2**30
     cut = Engine(prompts, layers=layers, rows=rows, position="every_step", max_memory=memory)
     plans = cut.plans(range(4))
     assert len(plans) > 1
@@ -332,6 +333,24 @@ def test_engine_equals_the_full_forward_on_gemma_in_float32(gemma: Any) -> None:
             )
             assert losses[i].item() == pytest.approx(loss, rel=1e-5)  # measured: 2e-6
             assert oracle.relative(gradients[i], gradient) < 1e-4  # measured: 8e-6
+
+
+@exact_products
+@pytest.mark.parametrize("tokens_a_chunk", [20, 62, 67, 86])
+def test_terms_of_many_rows_round_alike_in_any_chunk(windowed: Any, tokens_a_chunk: int) -> None:
+    prompts = freeze(windowed, oracle.random_examples(oracle.LENGTHS))
+    rows = [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 4] * 8]
+    n_keys = room_for_keys(int(prompts.prefix_lengths.max())) + 1
+    memory = tokens_a_chunk * bytes_per_token(prompts.backend, n_keys, 1) / 2**30
+    cut = Engine(prompts, layers=[1, 1], rows=rows, max_memory=memory)
+    assert len(cut.plans([0, 1])) > 1
+    assert max(len(plan.packing.token) for plan in cut.plans([0, 1])) <= tokens_a_chunk
+    deltas = deltas_for(windowed, 2)
+    losses, gradients = cut.value_and_grad(deltas, torch.arange(2))
+    alone = Engine(prompts, layers=[1], rows=rows[1:])
+    loss, gradient = alone.value_and_grad(deltas[1:], torch.tensor([0]))
+    assert torch.equal(loss[0], losses[1])
+    assert torch.equal(gradient[0], gradients[1])
 
 
 @exact_products

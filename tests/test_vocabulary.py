@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_laai import vocabulary
+from tl_laai.distributions import capped_mean_logit, mean_distribution
 from tl_laai.vocabulary import Unembedding, cross_entropy, next_token, slice_width
 
 
@@ -208,9 +209,17 @@ def test_greedy_takes_the_first_of_equal_logits_as_argmax_does(
     assert next_token(torch.ones(1, 1), Unembedding(weight, None, None)).tolist() == [1]
 
 
-def test_no_logits_of_the_whole_vocabulary_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, targets, _ = draw(8, 5000, 4)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_no_more_logits_are_alive_than_told(
+    cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, targets, _ = draw(40, 5000, 4)
+    head = Unembedding(weight, None, cap)
+    expected = slow_cross_entropy(hidden, weight, targets, None, cap)
+    teacher = mean_distribution(hidden[None], head)
+    greedy = (hidden @ weight.T).argmax(dim=-1)
     monkeypatch.setattr(vocabulary, "SLICE_ELEMENTS", 4 * 600)
+    monkeypatch.setattr(vocabulary, "LOGITS", 16 * 600)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -225,9 +234,16 @@ def test_no_logits_of_the_whole_vocabulary_are_made(monkeypatch: pytest.MonkeyPa
             return out
 
     with Watch():
-        loss = cross_entropy(hidden.requires_grad_(), weight, targets)
+        loss = cross_entropy(hidden.requires_grad_(), weight, targets, softcap=cap)
         torch.autograd.grad(loss.sum(), hidden)
-    assert largest <= 8 * 600
+        again = mean_distribution(hidden.detach()[None], head)
+        token = next_token(hidden.detach(), head)
+        if cap is not None:
+            torch.autograd.grad(capped_mean_logit(hidden, again, head).sum(), hidden)
+    assert 8 * 600 <= largest <= 16 * 600
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(again.offsets, teacher.offsets)
+    assert torch.equal(token, greedy)
 
 
 @pytest.mark.parametrize("shift", [-300.0, 0.0, 300.0])

@@ -1,8 +1,9 @@
 """Attention over a frozen prefix and own suffix keys, from queries, keys, values and positions.
 
 What a row's attention rounds to must not depend on the rows beside it in a batch (see
-`tl_laai.__init__`), so what they share, the room for keys and steps, is taken in sizes within which
-the kernels do the same: vectors of a softmax line up, and no matrix is a vector, or tiny.
+`tl_laai.__init__`), so what they share, the room for keys and steps, has sizes within which torch
+takes the same path: its softmax adds up in vectors of 16, and its batched matrix products have
+other kernels for vectors and for tiny matrices.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ _TINY = 400
 
 
 def room_for_keys(longest: int) -> int:
-    """Places for the keys of prefixes, of which the longest has so many."""
-    return -(-longest // _VECTOR) * _VECTOR
+    """Places for the keys of prefixes, of which the longest has so many: whole vectors of them."""
+    return -(-max(1, longest) // _VECTOR) * _VECTOR
 
 
 def least_steps(heads_a_key: int, d_head: int) -> int:
-    """Places for the suffix tokens of a row, at least."""
+    """Places for the suffix tokens of a row, at least: no matrix of scores is a vector, or tiny."""
     steps = 2
     while heads_a_key * d_head * steps**2 < _TINY:
         steps += 1

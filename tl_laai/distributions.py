@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tl_laai.vocabulary import Unembedding, log_sum_exp_minus, slices
+from tl_laai.vocabulary import Unembedding, at_once, log_sum_exp_minus, slices
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ def capped_mean_logit(
         of: p of each, of a head with a cap.
         head: that head.
     """
-    mean: Tensor = _CappedMean.apply(hidden, of, head)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-    return mean
+    assert of.teachers is not None
+    n = max(1, at_once(*head.weight.shape) // (1 + of.teachers.shape[1]))
+    means = [
+        _CappedMean.apply(hidden[i : i + n], of[i : i + n], head)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        for i in range(0, max(1, len(hidden)), n)
+    ]
+    return means[0] if len(means) == 1 else torch.cat(means)
 
 
 class _CappedMean(torch.autograd.Function):
@@ -124,6 +129,10 @@ def mean_distribution(
         head: the unembedding.
     """
     n_teachers, n, d = hidden.shape
+    few = max(1, at_once(*head.weight.shape) // n_teachers)
+    if n > few:
+        parts = [mean_distribution(part, head) for part in hidden.split(few, dim=1)]
+        return Distributions.cat(parts)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     flat = hidden.flatten(0, 1).to(wide)
     log_totals = log_sum_exp_minus(flat, head, torch.zeros_like(flat))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_laai.attention import room_for_keys
 from tl_laai.backends import Backend
 from tl_laai.hooking import Position
 from tl_laai.objectives import AnswerCrossEntropy, Objective
@@ -67,8 +69,8 @@ class Engine:
         self.unembedding = backend.unembedding()
         prompts.enter_at(self.layers)
         self._plans: dict[tuple[int, ...], list[_Plan]] = {}
-        longest = int(prompts.prefix_lengths.max()) + 1
-        per_token = bytes_per_token(backend, longest, min(self.layers))
+        n_keys = room_for_keys(int(prompts.prefix_lengths.max())) + 1
+        per_token = bytes_per_token(backend, n_keys, min(self.layers))
         self.max_tokens = max(1, int(max_memory * 2**30 / per_token))
 
     def _chunks(self, problems: Sequence[int]) -> list[list[tuple[int, range]]]:
@@ -76,21 +78,39 @@ class Engine:
 
         A chunk lists `(place in problems, which of its rows)`.
         """
-        lengths = (self.prompts.offsets[1:] - self.prompts.offsets[:-1]).tolist()
         order = sorted(range(len(problems)), key=lambda a: self.layers[problems[a]])
         chunks: list[list[tuple[int, range]]] = [[]]
         room = self.max_tokens
         for a in order:
-            begin, rows = 0, self.rows[problems[a]]
-            for i, row in enumerate(rows.tolist()):
-                if lengths[row] > room and (chunks[-1] or i > begin):
-                    if i > begin:
-                        chunks[-1].append((a, range(begin, i)))
+            begin = 0
+            for first, tokens in self._pieces(problems[a]):
+                if tokens > room and (chunks[-1] or first > begin):
+                    if first > begin:
+                        chunks[-1].append((a, range(begin, first)))
                     chunks.append([])
-                    begin, room = i, self.max_tokens
-                room -= lengths[row]
-            chunks[-1].append((a, range(begin, len(rows))))
+                    begin, room = first, self.max_tokens
+                room -= tokens
+            chunks[-1].append((a, range(begin, len(self.rows[problems[a]]))))
         return [chunk for chunk in chunks if chunk]
+
+    def _pieces(self, problem: int) -> list[tuple[int, int]]:
+        """Where the rows of a problem may be cut: `(first row, tokens up to the next)`.
+
+        Between terms, so that each is added up in one go, whatever shares its chunk; inside a
+        term only if it is too large for a chunk of its own.
+        """
+        offsets, rows = self.prompts.offsets, self.rows[problem]
+        lengths = (offsets[rows + 1] - offsets[rows]).tolist()
+        n_rows, n_terms = len(rows), self.n_terms[problem]
+        starts = [-(-k * n_rows // n_terms) for k in range(n_terms + 1)]
+        pieces = []
+        for first, end in pairwise(starts):
+            tokens = sum(lengths[first:end])
+            if tokens <= self.max_tokens:
+                pieces.append((first, tokens))
+            else:
+                pieces += [(i, lengths[i]) for i in range(first, end)]
+        return pieces
 
     def plans(self, problems: Sequence[int]) -> list[_Plan]:
         """The packed batches that evaluate the listed problems (the last few are kept)."""
@@ -190,12 +210,12 @@ def memory_estimate(
         rows: the examples of each problem, as indices.
         max_memory: GiB that one chunk of rows may take; frozen prefixes come on top.
     """
-    longest = max(len(e.prompt) for e in examples)
+    room = room_for_keys(max(len(e.prompt) for e in examples) - 1)
     n_prefixes = len({e.prompt[:-1] for e in examples})
     per_key = backend.n_kv_heads * backend.d_head * torch.finfo(backend.dtype).bits // 8
-    kept = 2 * backend.n_layers * n_prefixes * (longest - 1) * per_key
+    kept = 2 * backend.n_layers * n_prefixes * room * per_key
     n_tokens = sum(max(1, len(examples[i].answer)) for own in rows for i in own)
-    evaluation = n_tokens * bytes_per_token(backend, longest, min(layers))
+    evaluation = n_tokens * bytes_per_token(backend, room + 1, min(layers))
     return kept + min(evaluation, int(max_memory * 2**30))
 
 
@@ -300,8 +320,11 @@ class _Plan:
             where = self.edits.get(layer)
             if where is None:
                 return z
-            # Not `deltas[...]`, whose gradient several threads add up in any order.
-            return z.index_add(0, where, deltas.index_select(0, of[where]).to(z.dtype))
+            # Of these two one has a gradient that threads add up in any order: the second on a
+            # CPU, the first on a GPU.
+            on_cpu = deltas.device.type == "cpu"
+            own = deltas.index_select(0, of[where]) if on_cpu else deltas[of[where]]
+            return z.index_add(0, where, own.to(z.dtype))
 
         x = last_residual(run(self.packing, self.entries, edit))
         if len(self.counted) < len(x):

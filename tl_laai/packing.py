@@ -150,7 +150,7 @@ class Packing:
 
     @cached_property
     def prefix_position(self) -> Tensor:
-        """Position of every prefix key, `[n_prefixes, longest]`; places past the end: never."""
+        """Position of every prefix key, `[n_prefixes, room_for_keys]`; past the end: never."""
         kept = self.prompts.keys[0]
         lengths = self.prompts.prefix_lengths[self.used]
         at = torch.arange(kept.shape[2], device=lengths.device).expand(len(self.used), -1)

@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 SLICE_ELEMENTS = 1 << 21
 """How many weights of the unembedding a slice holds: 8 MiB in float32."""
 
+LOGITS = 1 << 23
+"""Largest number of logits alive at once: 32 MiB in float32."""
+
 # Sums of exponentials outside these bounds are taken again, relative to the largest logit.
 _SAFE_SUM = (1e-20, 1e30)
 
@@ -52,6 +55,11 @@ def slice_width(d_vocab: int, d_model: int) -> int:
     what is said of one token would depend on those beside it.
     """
     return max(1, min(d_vocab, max(512, SLICE_ELEMENTS // max(1, d_model))))
+
+
+def at_once(d_vocab: int, d_model: int) -> int:
+    """How many tokens may meet a slice at once."""
+    return max(1, LOGITS // slice_width(d_vocab, d_model))
 
 
 def _sums(
@@ -181,8 +189,7 @@ def cross_entropy(
     Returns:
         `[n]`, float32 (float64 for float64 inputs).
     """
-    loss: Tensor = _Unembedded.apply(hidden, weight, bias, targets, None, softcap)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-    return loss
+    return _unembedded(hidden, Unembedding(weight, bias, softcap), targets, None)
 
 
 def log_sum_exp_minus(
@@ -195,8 +202,26 @@ def log_sum_exp_minus(
         head: the unembedding; its cap is put on the logits and on the product alike.
         rows: one a token, such as the mean row of the unembedding under a distribution.
     """
-    loss: Tensor = _Unembedded.apply(hidden, head.weight, head.bias, None, rows, head.softcap)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-    return loss
+    return _unembedded(hidden, head, None, rows)
+
+
+def _unembedded(
+    hidden: Tensor, head: Unembedding, targets: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    """`_Unembedded` of a few tokens at a time."""
+    n = at_once(*head.weight.shape)
+    losses = [
+        _Unembedded.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+            hidden[i : i + n],
+            head.weight,
+            head.bias,
+            None if targets is None else targets[i : i + n],
+            None if rows is None else rows[i : i + n],
+            head.softcap,
+        )
+        for i in range(0, max(1, len(hidden)), n)
+    ]
+    return losses[0] if len(losses) == 1 else torch.cat(losses)
 
 
 def slices(head: Unembedding, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
@@ -224,6 +249,9 @@ def next_token(
     Returns:
         Token ids, `[n]`.
     """
+    n = at_once(*head.weight.shape)
+    if len(hidden) > n:
+        return torch.cat([next_token(part, head, generator) for part in hidden.split(n)])
     # In half precision ties, and noise rounded to zero, would make draws of another distribution.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     best = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=wide)
