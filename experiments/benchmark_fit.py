@@ -2,11 +2,13 @@
 
     python experiments/benchmark_fit.py            # tables
     python experiments/benchmark_fit.py --json     # one row a line
+    python experiments/benchmark_fit.py --from-rows  # print the rows on disk only
 
 A step is one loss and gradient of one problem: N examples, Delta at one layer. All methods are
-first checked to give the same loss and gradient, then timed in alternation. `matmul_share` is
-the time of a step's matrix products alone (the same shapes, timed in the same run) over the
-time of the step. Peak memory is what a step adds to the loaded models.
+first checked to give the same loss and gradient, then timed in alternation; pyvene's trainable
+intervention is one of them where that library is installed (`pip install pyvene`).
+`matmul_share` is the time of a step's matrix products alone (the same shapes, timed in the same
+run) over the time of the step. Peak memory is what a step adds to the loaded models.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyvene_step import INSTALLED, pyvene_step
+from tables import markdown
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_laai.engine import Engine
 from tl_laai.models import load_model
 from tl_laai.prefix import freeze
 from tl_laai.prompts import PromptTemplate, TokenisedExample, tokenise
+from tl_laai.rows import read_rows
 from tl_laai.tasks import Task
 
 MODEL = "gemma-3-270m"
@@ -172,14 +177,23 @@ def peak_megabytes(step: Callable[[], Any]) -> float:
     return max(0, highest - start) / 2**20
 
 
+def as_hugging_face_loads() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from tl_laai.checkpoints import find_source
+
+    folder = find_source(MODEL).folder
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+
+
 def as_transformer_lens_loads(backend: str) -> Any:
     """The model as TransformerLens itself loads it: no memory layout of ours."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from tl_laai.checkpoints import find_source
 
     source = find_source(MODEL)
-    hf = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    hf = as_hugging_face_loads()
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     if backend == "hooked":
         from transformer_lens import HookedTransformer
@@ -199,6 +213,7 @@ def as_transformer_lens_loads(backend: str) -> Any:
 def benchmark(rounds: int) -> list[dict[str, Any]]:
     plain = {b: as_transformer_lens_loads(b) for b in ("hooked", "bridge")}
     ours = {b: load_model(MODEL, backend=b, device="cpu") for b in ("hooked", "bridge")}
+    hugging_face = as_hugging_face_loads() if INSTALLED else None
     split = Task.load(TASK).split(train=N, validation=10, seed=0)
     rows = []
     for prompts, shots in SHOTS.items():
@@ -211,6 +226,9 @@ def benchmark(rounds: int) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         delta = torch.randn(ours["bridge"].cfg.n_heads, ours["bridge"].cfg.d_head)
         methods = [Method(f"plain-{b}", b, 1, plain_step(plain[b], examples, delta)) for b in plain]
+        if INSTALLED:
+            step = pyvene_step(hugging_face, examples, LAYER, delta)
+            methods.append(Method("pyvene", "hugging-face", 1, step))
         for backend, model in ours.items():
             for n in (1, 16):
                 step = engine_step(model, examples, delta, n)
@@ -263,24 +281,28 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one row a line")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed steps of each method")
     parser.add_argument("--out", type=Path, default=OUT, help="where the rows go")
+    parser.add_argument("--from-rows", action="store_true", help="print the rows on disk only")
     arguments = parser.parse_args()
-    rows = benchmark(arguments.rounds)
-    lines = [json.dumps(row) for row in rows]
-    arguments.out.write_text("\n".join(lines) + "\n")
+    if not arguments.from_rows:
+        rows = benchmark(arguments.rounds)
+        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if arguments.json:
-        print("\n".join(lines))
+        print(arguments.out.read_text(), end="")
         return
-    print(
-        "| prompts | method | backend | s a problem-step | over plain hooked | over plain bridge "
-        "| matmul share | GFLOP/s | peak MB |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    for r in rows:
-        print(
-            f"| {r['prompts']} | {r['method']} | {r['backend']} "
-            f"| {r['seconds_per_problem_step']:.3f} | {r['speedup_over_plain_hooked']:.1f}x "
-            f"| {r['speedup_over_plain_bridge']:.1f}x | {r['matmul_share']:.0%} "
-            f"| {r['gflops']:.0f} of {r['matmul_gflops']:.0f} | {r['peak_mb']:.0f} |"
+    header = ("prompts", "method", "model class", "over plain HookedTransformer")
+    header += ("over plain Bridge", "matrix products' share", "GFLOP/s", "peak MB")
+    lines = [
+        (
+            *(row["prompts"], row["method"], row["backend"]),
+            f"{row['speedup_over_plain_hooked']:.1f}x",
+            f"{row['speedup_over_plain_bridge']:.1f}x",
+            f"{row['matmul_share']:.0%}",
+            f"{row['gflops']:.0f} of {row['matmul_gflops']:.0f}",
+            f"{row['peak_mb']:.0f}",
         )
+        for row in read_rows(arguments.out)
+    ]
+    print(markdown(header, lines))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,20 @@ import sys
 from common import ROOT
 from tables import MORE
 
-TABLES = ("rules", "opinions", "composition", "regularisation", "sizes", "examples")
+TABLES = (
+    "benchmark_fit",
+    "table_rules",
+    "table_opinions",
+    "table_composition",
+    "table_regularisation",
+    "table_sizes",
+    "table_examples",
+)
 
 
 def printed(name: str) -> str:
     """What stands in the README of what a table's script prints."""
-    script = ROOT / "experiments" / f"table_{name}.py"
+    script = ROOT / "experiments" / f"{name}.py"
     command = [sys.executable, str(script), "--from-rows"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return run.stdout.split(MORE)[0].strip()
@@ -27,7 +35,7 @@ def printed(name: str) -> str:
 def filled(text: str) -> str:
     """A text with every table between its marks made anew."""
     for name in TABLES:
-        first, last = (f"<!-- {mark}table_{name} -->" for mark in ("", "/"))
+        first, last = (f"<!-- {mark}{name} -->" for mark in ("", "/"))
         before, rest = text.split(first)
         _, after = rest.split(last)
         text = f"{before}{first}\n{printed(name)}\n{last}{after}"

@@ -33,8 +33,8 @@ def test_few_layers_are_not_screened() -> None:
     [
         (None, None, rounds.ALPHAS),
         ((), None, rounds.PENALISED_ALPHAS),
-        (None, 2, rounds.SPARSE_ALPHAS),
-        ((), 2, rounds.SPARSE_ALPHAS),
+        (None, 2, (0.0,)),
+        ((), 2, rounds.PENALISED_ALPHAS),
     ],
 )
 def test_the_best_layers_meet_every_penalty(
@@ -43,7 +43,7 @@ def test_the_best_layers_meet_every_penalty(
     own = replace(ASKED, relax_steps=relax_steps, max_heads=max_heads)
     expected = [Trial(layer, alpha) for layer in (2, 7, 9) for alpha in alphas]
     assert own.labelled([9, 2, 7, 1]) == expected
-    given = replace(own, alphas=[0.4])
+    given = replace(own, alphas=[0.4], max_heads=None)
     assert given.labelled([9, 2, 7, 1]) == [Trial(layer, 0.4) for layer in (2, 7, 9)]
     assert replace(own, objectives=("distill",)).labelled([9, 2, 7, 1]) == []
 
@@ -57,9 +57,15 @@ def test_distilled_fits_are_tried_at_one_share_then_at_every_share() -> None:
     given = replace(ASKED, label_share=0.3)
     assert {trial.label_share for trial in given.taught([4])} == {0.3}
     assert given.mixed(tried[1]) == []
-    sparse = replace(ASKED, max_heads=2).mixed(tried[1])
-    assert [trial.alpha for trial in sparse] == [*rounds.SPARSE_ALPHAS] * len(mixed)
     assert replace(ASKED, objectives=("answers",)).taught([4]) == []
+
+
+def test_few_heads_are_looked_for_at_what_was_chosen() -> None:
+    own = replace(ASKED, max_heads=2)
+    chosen = Trial(7, 0.0, "distill", 0.5)
+    expected = [Trial(7, alpha, "distill", 0.5) for alpha in rounds.SPARSE_ALPHAS]
+    assert own.sparse(chosen) == expected
+    assert replace(own, alphas=[0.4]).sparse(chosen) == [Trial(7, 0.4, "distill", 0.5)]
 
 
 def test_steps_are_ascending() -> None:

@@ -37,14 +37,15 @@ class Candidate:
         layer: the edited layer.
         alpha: the group weight as a share of each fit's own `lambda_max`.
         round: `screening` (brief fits, few folds), `final`, `distilled` (scored by the teacher's
-            answers), or `mixed` (shares of labels).
+            answers), `mixed` (shares of labels), or `heads` (a few of what was chosen).
         validation_loss: held-out cross-entropy in nats, mean over folds; KL for opinions, and
             where a teacher's answers are held out.
         standard_error: of that mean over folds.
         validation_probability: of held-out answers, mean over folds; None for opinions and where
             a teacher's answers are held out.
         n_heads: mean number of non-zero heads.
-        fold_losses: of each fold that was fitted; of `distilled`, of each held-out input.
+        fold_losses: of each fold that was fitted; where a teacher's answers are held out, of each
+            such input.
         fold_scores: what is compared, the larger the better: the probability of the answers, or
             the loss with its sign turned.
         objective: `answers` or `distill`.

@@ -157,39 +157,33 @@ class CrossValidation:
             candidates += candidates_of(name, grid, steps, deltas[:, None], losses, None)
         return candidates
 
-    def within(self, name: str, grid: Sequence[Trial], max_heads: int | None) -> list[Trial]:
-        """Of each layer and label share, the trial that leaves the most heads up to `max_heads`.
+    def within(self, name: str, grid: Sequence[Trial], max_heads: int) -> Trial:
+        """The trial that leaves the most heads up to `max_heads`.
 
         Args:
             name: of the round.
             grid: what is fitted, on all examples; where two leave as many, the first is taken.
-            max_heads: the most heads that may be left; None keeps the whole grid, unfitted.
-
-        Returns:
-            At most one trial a layer and share: none where all leave more heads, or none.
+            max_heads: the most heads that may be left.
 
         Raises:
-            TooManyHeadsError: nothing is left of the grid.
+            TooManyHeadsError: all leave more heads, or none.
         """
-        if max_heads is None:
-            return list(grid)
         problems, before = [self._problem(trial) for trial in grid], self._done
         found = self._fit(name, problems, (), self.max_evaluations)[0]
         self._done = before + self.cost(grid, 1, ())
-        taken: dict[tuple[int, float], tuple[int, Trial]] = {}
-        left = (found.norm(dim=-1) > 0).sum(dim=-1).tolist()
-        for trial, n_heads in zip(grid, left, strict=True):
-            key = trial.layer, trial.label_share
-            if taken.get(key, (0, trial))[0] < n_heads <= max_heads:
-                taken[key] = n_heads, trial
-        if not taken:
-            do = "allow more heads, or give larger" if any(left) else "give smaller"
+        left: list[int] = (found.norm(dim=-1) > 0).sum(dim=-1).tolist()
+        most = max((n for n in left if n <= max_heads), default=0)
+        if not most:
+            of_alpha = ", ".join(f"{n} at {t.alpha:g}" for t, n in zip(grid, left, strict=True))
+            if 0 in left:
+                do = "smaller ones" if not any(left) else "some in between, or allow more heads"
+            else:
+                do = "larger ones, or allow more heads"
             raise TooManyHeadsError(
-                f"max_heads is {max_heads}, but alphas {sorted({t.alpha for t in grid})} leave "
-                f"{sorted(set(left))} heads at layers {sorted({t.layer for t in grid})}: {do} "
-                "alphas (all heads are left at 0, none from 1 on)."
+                f"max_heads is {max_heads}, but of layer {grid[0].layer} alphas leave so many "
+                f"heads: {of_alpha}. Give {do} (all are left at 0, none from 1 on)."
             )
-        return [trial for _, trial in taken.values()]
+        return grid[left.index(most)]
 
     def _fit(
         self,

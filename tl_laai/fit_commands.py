@@ -74,7 +74,7 @@ def fit(
     l1_ratio: Annotated[float, typer.Option(min=0, help="With --alpha: l1 / group.")] = 0.0,
     max_heads: Annotated[
         int | None,
-        typer.Option(min=1, help="At most; penalty and --relax are chosen for it."),
+        typer.Option(min=1, help="At most, of the layer that does best on all heads."),
     ] = None,
     objective: Annotated[
         Objective,

@@ -2,6 +2,8 @@
 
 Every layer is tried briefly on few folds; the best few that are not neighbours go on to every
 penalty and number of steps; of distilled fits, layer and steps first, then the share of labels.
+Where heads are counted, all of that is chosen without counting (on all heads, if fits are relaxed),
+then which heads of that layer are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from tl_laai.objectives import ObjectiveName
 # Of relaxed fits: the fewest heads, or all of them.
 ALPHAS = (0.9, 0.0)
 # What `max_heads` is looked for among.
-SPARSE_ALPHAS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SPARSE_ALPHAS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 RELAX_STEPS = (15, 30, 45)
 PENALISED_ALPHAS = (0.9, 0.5, 0.25)
 # A penalised fit that only chooses entries need not be followed to its end.
@@ -44,7 +46,7 @@ class Rounds:
         alphas: group weights as shares of `lambda_max`; None for the defaults.
         relax_steps: numbers of steps of relaxed fits; None for the defaults, empty for none.
         objectives: `answers`, `distill`, or both.
-        max_heads: whether the penalties are those that leave so many heads; None for no.
+        max_heads: how many heads a last round may leave; None for no such round.
         label_share: of distilled fits; 0 if it is to be chosen.
     """
 
@@ -100,9 +102,17 @@ class Rounds:
     def mixed(self, chosen: Candidate | Trial) -> list[Trial]:
         """The chosen distilled fit at every share of labels; none if the share is given."""
         shares = () if self.label_share else DISTILLED_SHARES
-        # Where heads are counted, each share is another loss, with a penalty of its own for them.
-        alphas = [chosen.alpha] if self.max_heads is None else self._alphas(DISTILLED_ALPHAS)
-        return [Trial(chosen.layer, a, "distill", share) for share in shares for a in alphas]
+        return [Trial(chosen.layer, chosen.alpha, "distill", share) for share in shares]
+
+    def sparse(self, chosen: Candidate | Trial) -> list[Trial]:
+        """What was chosen at every penalty that may leave few heads, its own among them."""
+        alphas = [*(self.alphas or SPARSE_ALPHAS), *([chosen.alpha] if chosen.alpha else [])]
+        return [
+            Trial(chosen.layer, alpha, chosen.objective, chosen.label_share)
+            for alpha in dict.fromkeys(alphas)
+        ]
 
     def _alphas(self, default: Sequence[float]) -> Sequence[float]:
-        return self.alphas or (default if self.max_heads is None else SPARSE_ALPHAS)
+        if self.max_heads is None:
+            return self.alphas or default
+        return (0.0,) if self.steps else PENALISED_ALPHAS

@@ -20,7 +20,7 @@ from typing import Any, cast
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit, NonFiniteError
 from tl_laai.candidates import Candidate, Trial, best_first, best_of_rounds
-from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
+from tl_laai.crossvalidation import CrossValidation
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import Evaluation
 from tl_laai.hooking import Position
@@ -71,7 +71,8 @@ class Selection:
         fit: refitted on all examples with the chosen setting.
         table: every candidate of all rounds.
         candidate: the row of the table that was chosen.
-        held_out: how the best fits on labels answered what was held out; None for opinions.
+        held_out: how the best fits on labels (on few heads, if those were chosen) answered what
+            was held out; None for opinions.
         teacher: how the model answers each example after the others, where distilling is a choice.
     """
 
@@ -132,11 +133,12 @@ def fit_auto(
         examples: at least four; nothing else is looked at.
         layers: candidate layers; None for all. No more than three skip the screening.
         alphas: candidate group weights, as shares of `lambda_max`; None for `ALPHAS`, for
-            `PENALISED_ALPHAS` where nothing is relaxed, `DISTILLED_ALPHAS` where distilling, and
-            `SPARSE_ALPHAS` with `max_heads`.
+            `PENALISED_ALPHAS` where nothing is relaxed and `DISTILLED_ALPHAS` where distilling.
+            With `max_heads` those of its round, and None for `SPARSE_ALPHAS`.
         l1_ratio: the l1 weight as a multiple of the group weight.
-        max_heads: of each layer, try only that one of `alphas` which leaves the most heads up to
-            this many when fitted on all examples.
+        max_heads: choose all else on all heads, or at the default alphas where nothing is
+            relaxed; then take that one of `alphas` which leaves the most heads up to this many of
+            the chosen layer when fitted on all examples, and choose the steps again.
         relax_steps: candidate numbers of steps of the relaxed fit (`tl_laai.relaxation`), all of
             them scored along one run; None for `RELAX_STEPS`, and `DISTILLED_STEPS` where
             distilling; empty for the penalised fits themselves.
@@ -170,8 +172,9 @@ def fit_auto(
     n_layers = backend_of(model).n_layers
     candidates = list(dict.fromkeys(range(n_layers) if layers is None else layers))
     _check(model, examples, labels, candidates, alphas, relax_steps or (), objectives, max_heads)
+    few = max_heads if max_heads != backend_of(model).n_heads else None  # all is no limit
     tried = Rounds(
-        tuple(candidates), n_layers, alphas, relax_steps, tuple(objectives), max_heads,
+        tuple(candidates), n_layers, alphas, relax_steps, tuple(objectives), few,
         distillation.label_share if distillation else 0.0,
     )  # fmt: skip
     folds = cross_validation_folds(labels, min(n_folds, len(set(labels))), seed)
@@ -191,9 +194,7 @@ def fit_auto(
         ranked = tried.apart([row.layer for row in best_first(table)])
     best: Candidate | None = None
     if grid := tried.labelled(ranked):
-        rows = search.score(
-            "final", search.within("heads", grid, max_heads), len(folds), tried.steps
-        )
+        rows = search.score("final", grid, len(folds), tried.steps)
         table += rows
         rows = best_first(rows)
         ranked, best = list(dict.fromkeys(row.layer for row in rows)), rows[0]
@@ -210,11 +211,13 @@ def fit_auto(
         best = next(
             (row for row in reversed(best_of_rounds(rows)) if row.score() > -math.inf), best
         )
-    if best is None or best.score() == -math.inf:
-        raise NonFiniteError(
-            f"learning_rate is {learning_rate}: no candidate has a finite score on held-out "
-            "examples. Use a smaller one, or a wider dtype (float32)."
-        )
+    best = _finite(best, learning_rate)
+    if few is not None:
+        rows = _sparse(tried, search, best, few)
+        table += rows
+        best = _finite(best_first(rows)[0], learning_rate)
+        if held_out is not None and best.objective == "answers":
+            held_out = search.answers(best)
     origin = {
         **(provenance or {}),
         "selection": {
@@ -228,9 +231,19 @@ def fit_auto(
     }
     fitted = search.refit(best, origin)
     n_heads = len(fitted.intervention.heads())
-    if max_heads is not None and n_heads > max_heads:
-        _LOG.warning("max_heads is %d, but the last fit rounded to %d heads", max_heads, n_heads)
+    if few is not None and n_heads > few:
+        _LOG.warning("max_heads is %d, but the last fit rounded to %d heads", few, n_heads)
     return Selection(fitted, tuple(table), best, held_out, teacher)
+
+
+def _finite(best: Candidate | None, learning_rate: float) -> Candidate:
+    """A choice, if it has a finite score."""
+    if best is None or best.score() == -math.inf:
+        raise NonFiniteError(
+            f"learning_rate is {learning_rate}: no candidate has a finite score on held-out "
+            "examples. Use a smaller one, or a wider dtype (float32)."
+        )
+    return best
 
 
 def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
@@ -243,22 +256,35 @@ def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
 
 def _work(tried: Rounds, search: CrossValidation) -> int:
     """Evaluations that all rounds and the refit take at most."""
-
-    def cost(grid: list[Trial], n_folds: int, steps: Sequence[int]) -> int:
-        if tried.max_heads is None or not grid:
-            return search.cost(grid, n_folds, steps)
-        kept = list({(trial.layer, trial.label_share): trial for trial in reversed(grid)}.values())
-        return search.cost(grid, 1, ()) + search.cost(kept, n_folds, steps)
-
-    taught = tried.taught(tried.layers)
-    longest = max((*tried.steps, *(tried.taught_steps if taught else ())), default=-1)
+    taught, labelled = tried.taught(tried.layers), tried.labelled(tried.layers)
+    steps = (*tried.steps, *(tried.taught_steps if taught else ()))
+    heads = 0
+    if tried.max_heads is not None:
+        sparse = tried.sparse((taught or labelled)[0])
+        n_folds = len(search.folds) if labelled else 1
+        heads = search.cost(sparse, 1, ()) + max(
+            search.cost([trial], n_folds, steps) for trial in sparse
+        )
     return (
         search.cost(tried.screening(), SCREENING_FOLDS, tried.brief, SCREENING_EVALUATIONS)
-        + cost(tried.labelled(tried.layers), len(search.folds), tried.steps)
-        + cost(taught, 1, tried.taught_steps)
-        + cost(tried.mixed(taught[0]) if taught else [], MIXED_FOLDS, tried.taught_steps[-1:])
-        + (search.max_evaluations + longest + 1)
+        + search.cost(labelled, len(search.folds), tried.steps)
+        + search.cost(taught, 1, tried.taught_steps)
+        + search.cost(
+            tried.mixed(taught[0]) if taught else [], MIXED_FOLDS, tried.taught_steps[-1:]
+        )
+        + heads
+        + (search.max_evaluations + max(steps, default=-1) + 1)
     )
+
+
+def _sparse(
+    tried: Rounds, search: CrossValidation, best: Candidate, max_heads: int
+) -> list[Candidate]:
+    """The round that keeps a few heads of what was chosen, and chooses its steps again."""
+    kept = [search.within("heads", tried.sparse(best), max_heads)]
+    if best.objective == "distill":
+        return search.score_by_teacher("heads", kept, tried.taught_steps)
+    return search.score("heads", kept, len(search.folds), tried.steps)
 
 
 def _distilled(
@@ -266,10 +292,8 @@ def _distilled(
 ) -> list[Candidate]:
     """Both rounds of distilled fits; none of their rows where they fail and are not required."""
     try:
-        rows = search.score_by_teacher(
-            "distilled", search.within("heads", grid, tried.max_heads), tried.taught_steps
-        )
-    except (NothingTaughtError, TooManyHeadsError) as error:
+        rows = search.score_by_teacher("distilled", grid, tried.taught_steps)
+    except NothingTaughtError as error:
         if required:
             raise
         _LOG.warning("distillation is left out of the choice: %s", error)
@@ -280,9 +304,8 @@ def _distilled(
         return rows
     steps = (best.relax_steps,) if tried.taught_steps else ()
     try:
-        grid = search.within("heads", shares, tried.max_heads)
-        return rows + search.score("mixed", grid, MIXED_FOLDS, steps)
-    except (NothingTaughtError, TooManyHeadsError) as error:
+        return rows + search.score("mixed", shares, MIXED_FOLDS, steps)
+    except NothingTaughtError as error:
         _LOG.warning("label_share stays %g: %s", best.label_share, error)
         return rows
 
