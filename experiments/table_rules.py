@@ -14,29 +14,23 @@ how many were (`n_test_made_up`).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from common import FIGURES, RULES, parser, tasks
+from rules_shown import N_TEST, N_TRAIN, show
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
     MODEL,
-    MORE,
     N_FOLDS,
     Row,
     answer_row,
-    average,
-    by_method,
     described,
-    difference,
     distilling,
     finetuning,
     layers_of,
-    markdown,
-    percent,
     resume,
     search,
     source,
@@ -45,38 +39,8 @@ from tables import (
 from tl_laai.rows import read_rows
 
 SEEDS = (0, 1, 2, 3, 4)
-N_TRAIN, N_TEST = 10, 100
 HALF_ALPHAS = (0.9, 0.7, 0.6, 0.5)  # a smaller search than fit_auto's
-# What fits choose from, and what they do not choose, was set on this split of these tasks.
-SET_ON = 100
-SET_ON_TASKS = (
-    "antonym",
-    "english-french",
-    "english-german",
-    "country-capital",
-    "singular-plural",
-    "present-past",
-)
 NAME = "table_rules"
-OURS = (
-    "best by validation",
-    "relaxed",
-    "relaxed, half",
-    "unregularised",
-    "distilled",
-    "distilled, half",
-)
-FIRST = ("zero-shot", "few-shot", *OURS, "penalised")
-OTHERS = (
-    "zero-shot",
-    "few-shot",
-    "task-vector",
-    "learnt-heads",
-    "lora",
-    "ia3",
-    "unregularised",
-    "distilled",
-)
 
 
 def fits(model: Any, data: Any, seed: int) -> list[Row]:
@@ -247,117 +211,6 @@ def compute(groups: list[str], names: list[str], seeds: list[int]) -> None:
                 shared |= {"n_train": N_TRAIN, **source(task)}
                 jobs.append((shared, partial(GROUPS[group], model, data, seed)))
     resume(NAME, ("model", "task", "seed", "group", "digest"), jobs)
-
-
-def _best_by_validation(rows: Sequence[Row]) -> list[Row]:
-    """Of labels and teacher the better on held-out examples, as `fit_auto` chooses: rows again."""
-    units: dict[tuple[str, int], dict[bool, Row]] = {}
-    for row in rows:
-        if "validation" in row:
-            units.setdefault((row["task"], row["seed"]), {})[row["method"] == "distilled"] = row
-    best = (
-        max(own[False], own[True], key=lambda row: row["validation"])  # labels where level
-        for own in units.values()
-        if len(own) == 2
-    )
-    return [{**row, "method": "best by validation"} for row in best]
-
-
-def show(rows: list[Row]) -> None:
-    found = by_method([*rows, *_best_by_validation(rows)], "task")
-    found = {method: found[method] for method in (*FIRST, *found) if method in found}
-    names = list(dict.fromkeys(row["task"] for row in rows))
-    lines = []
-    for method, own in found.items():
-        cells = [percent(own[name]) if name in own else "-" for name in names]
-        whole = _of_all_tasks(own, names)
-        heads = [row["n_heads"] for row in whole if "n_heads" in row]
-        moved = [row["kl_unrelated"] for row in whole if "kl_unrelated" in row]
-        n_seeds = str(len({row["seed"] for row in whole}))
-        mean = percent(whole, by="task") if whole else "-"
-        lines.append([method, n_seeds, *cells, mean, average(heads), average(moved)])
-    header = ["exact match, %", "seeds", *names, "mean", "heads", "KL elsewhere"]
-    print(markdown(header, lines))
-    print(
-        "\nIn brackets 95 % bootstrap intervals: of a task over fits, then their examples (those "
-        "that several seeds hold out count as several); of the mean, which is over the seeds that "
-        "ran for all tasks, over tasks, then examples. 0 to 0 says that no answer was right. KL "
-        "elsewhere: nats by which the next token after unrelated text moves."
-    )
-    print(MORE)
-    for method, own in found.items():
-        norms = [row["norm"] for these in own.values() for row in these if "norm" in row]
-        if norms:
-            print(f"{method}: norms {min(norms):.1f} to {max(norms):.1f}")
-    made_up = {
-        name: [row["n_test_made_up"] for row in these]
-        for name, these in found.get("distilled", {}).items()
-    }
-    print(f"held-out inputs that the model made up and was taught on: {made_up}\n")
-    for method, column in (
-        ("penalised", "status"),
-        ("relaxed", "n_heads"),
-        ("relaxed, half", "n_heads"),
-        ("distilled, half", "n_heads"),
-        ("best by validation", "setting"),
-        ("learnt-heads", "setting"),
-    ):
-        # Of a setting, what stands before the first comma: the objective, or how many heads.
-        values = (row[column] for own in found.get(method, {}).values() for row in own)
-        print(f"{method}: {dict(Counter(str(value).split(',')[0] for value in values))}")
-    print(f"held-out inputs that are in the split of seed {SET_ON} too: {_also_set_on(rows)}\n")
-    lines = []
-    compared: set[frozenset[str]] = set()
-    for ours in (method for method in OURS if method in found):
-        for other in (method for method in OTHERS if method in found and method != ours):
-            pair = frozenset((ours, other))
-            if pair in compared:
-                continue
-            compared.add(pair)
-            a, b = (_by_fit(found[method]) for method in (ours, other))
-            shared = {key: a[key] for key in a.keys() & b.keys()}
-            cells = [_difference({k: r for k, r in shared.items() if k[0] == n}, b) for n in names]
-            own: dict[str, list[Row]] = {}
-            for row in shared.values():
-                own.setdefault(row["task"], []).append(row)
-            whole = {(row["task"], row["seed"]): row for row in _of_all_tasks(own, names)}
-            lines.append([f"{ours} - {other}", *cells, _difference(whole, b, by="task")])
-    print(markdown(["difference in points", *names, "mean"], lines))
-
-
-def _also_set_on(rows: list[Row]) -> dict[str, list[int]]:
-    """How many held-out inputs of each seed had a part in what the fits choose from."""
-    from tl_laai.recipes import draw
-    from tl_laai.tasks import same_input_key
-
-    found = {}
-    for task in tasks(SET_ON_TASKS):
-        split = draw(task, train=N_TRAIN, test=N_TEST, seed=SET_ON)
-        seen = {same_input_key(e.input) for e in (*split.train, *split.test)}
-        found[task.name] = [
-            sum(same_input_key(e.input) in seen for e in own.test)
-            for own in (
-                draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
-                for seed in sorted({row["seed"] for row in rows})
-            )
-        ]
-    return found
-
-
-def _by_fit(rows: dict[str, list[Row]]) -> dict[tuple[str, int], Row]:
-    """One method's rows by task and seed."""
-    return {(name, row["seed"]): row for name, own in rows.items() for row in own}
-
-
-def _of_all_tasks(own: dict[str, list[Row]], names: list[str]) -> list[Row]:
-    """The rows of those seeds that have one for every task, so that all tasks weigh the same."""
-    seeds = [{row["seed"] for row in own.get(name, [])} for name in names]
-    whole = set.intersection(*seeds)
-    return [row for name in names for row in own.get(name, []) if row["seed"] in whole]
-
-
-def _difference(ours: Any, theirs: Any, by: str | None = None) -> str:
-    return difference(ours, {key: theirs[key] for key in ours}, by) if ours else "-"
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from tl_laai import selection
 from tl_laai.candidates import Candidate, Trial, best_first, best_of_rounds, candidates_of
 
 
@@ -27,7 +26,7 @@ def test_a_candidate_without_a_finite_score_is_never_chosen() -> None:
         for layer, score in enumerate([math.nan, 0.2, -math.inf, 0.4])
     ]
     assert best_first(rows)[0].layer == 3
-    assert json.dumps(selection._as_json(rows[0]), allow_nan=False).count("null") == 12
+    assert json.dumps(rows[0].as_json(), allow_nan=False).count("null") == 12
 
 
 def test_a_row_tells_mean_spread_and_heads_of_its_trial() -> None:

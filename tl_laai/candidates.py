@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -75,6 +76,16 @@ class Candidate:
         """Mean of `fold_scores`; minus infinity where it is not a number."""
         mean = sum(self.fold_scores) / len(self.fold_scores)
         return -math.inf if math.isnan(mean) else mean
+
+    def as_json(self) -> dict[str, Any]:
+        """For the provenance: JSON has no NaN and no tuples."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def candidates_of(

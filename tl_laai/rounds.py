@@ -8,11 +8,15 @@ then which heads of that layer are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from tl_laai.backends import backend_of
 from tl_laai.candidates import Candidate, Trial
 from tl_laai.objectives import ObjectiveName
+from tl_laai.problems import FitExample
+from tl_laai.tasks import Example
 
 # Of relaxed fits: the fewest heads, or all of them.
 ALPHAS = (0.9, 0.0)
@@ -116,3 +120,61 @@ class Rounds:
         if self.max_heads is None:
             return self.alphas or default
         return (0.0,) if self.steps else PENALISED_ALPHAS
+
+
+def check_choice(
+    model: Any,
+    examples: Sequence[FitExample],
+    labels: Sequence[Hashable],
+    layers: Sequence[int],
+    alphas: Sequence[float] | None,
+    relax_steps: Sequence[int],
+    objectives: Sequence[str],
+    max_heads: int | None,
+) -> None:
+    """Refuse what nothing can be chosen from.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`.
+        examples: what is chosen by.
+        labels: one an example; those with the same are held out together.
+        layers: candidates.
+        alphas: group weights as shares of `lambda_max`; None for the defaults.
+        relax_steps: numbers of steps of relaxed fits.
+        objectives: `answers`, `distill`, or both.
+        max_heads: how many heads may be left; None for any number.
+
+    Raises:
+        TypeError, ValueError: one of them allows no choice.
+    """
+    if len(labels) != len(examples):
+        raise ValueError(
+            f"groups has {len(labels)} labels, but there are {len(examples)} examples."
+        )
+    n_groups = len(set(labels))
+    if n_groups < 4:
+        raise ValueError(
+            f"examples holds {n_groups}: choosing by cross-validation needs at least 4 that may be "
+            "held out one without the other. Give more, or choose layer and penalty yourself."
+        )
+    if alphas is not None and not alphas:
+        raise ValueError("alphas is empty: give at least one share of lambda_max.")
+    if not layers:
+        raise ValueError("layers is empty: give at least one layer, or None for all.")
+    last = backend_of(model).n_layers - 1
+    for layer in layers:
+        if not 0 <= layer <= last:
+            raise ValueError(f"layers holds {layer}; this model has layers 0 to {last}.")
+    for steps in relax_steps:
+        if steps < 1:
+            raise ValueError(f"relax_steps holds {steps}; give 1 or more, or leave it empty.")
+    if max_heads is not None and not 1 <= max_heads <= backend_of(model).n_heads:
+        raise ValueError(
+            f"max_heads is {max_heads}; give 1 to {backend_of(model).n_heads}, which is all that a "
+            "layer of this model has, or None."
+        )
+    unknown = [name for name in objectives if name not in ("answers", "distill")]
+    if unknown or not objectives:
+        raise ValueError(f"objectives is {list(objectives)}; give 'answers', 'distill' or both.")
+    if "distill" in objectives and not all(isinstance(e, Example) for e in examples):
+        raise TypeError("objectives holds 'distill', which needs Examples: the teacher reads them.")

@@ -38,6 +38,7 @@ from tl_laai.rounds import (
     SCREENING_EVALUATIONS,
     SCREENING_FOLDS,
     Rounds,
+    check_choice,
 )
 from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example
@@ -171,7 +172,9 @@ def fit_auto(
     labels = _labels(examples) if groups is None else list(groups)
     n_layers = backend_of(model).n_layers
     candidates = list(dict.fromkeys(range(n_layers) if layers is None else layers))
-    _check(model, examples, labels, candidates, alphas, relax_steps or (), objectives, max_heads)
+    check_choice(
+        model, examples, labels, candidates, alphas, relax_steps or (), objectives, max_heads
+    )
     few = max_heads if max_heads != backend_of(model).n_heads else None  # all is no limit
     tried = Rounds(
         tuple(candidates), n_layers, alphas, relax_steps, tuple(objectives), few,
@@ -224,7 +227,7 @@ def fit_auto(
             "folds": len(folds),
             "seed": seed,
             "max_heads": max_heads,
-            "table": [_as_json(candidate) for candidate in table],
+            "table": [candidate.as_json() for candidate in table],
             "held_out": None if held_out is None else held_out.exact_match,
             "teacher": None if teacher is None else teacher.exact_match,
         },
@@ -308,61 +311,6 @@ def _distilled(
     except NothingTaughtError as error:
         _LOG.warning("label_share stays %g: %s", best.label_share, error)
         return rows
-
-
-def _check(
-    model: Any,
-    examples: Sequence[FitExample],
-    labels: Sequence[Hashable],
-    layers: Sequence[int],
-    alphas: Sequence[float] | None,
-    relax_steps: Sequence[int],
-    objectives: Sequence[str],
-    max_heads: int | None,
-) -> None:
-    """Refuse what nothing can be chosen from."""
-    if len(labels) != len(examples):
-        raise ValueError(
-            f"groups has {len(labels)} labels, but there are {len(examples)} examples."
-        )
-    n_groups = len(set(labels))
-    if n_groups < 4:
-        raise ValueError(
-            f"examples holds {n_groups}: choosing by cross-validation needs at least 4 that may be "
-            "held out one without the other. Give more, or choose layer and penalty yourself."
-        )
-    if alphas is not None and not alphas:
-        raise ValueError("alphas is empty: give at least one share of lambda_max.")
-    if not layers:
-        raise ValueError("layers is empty: give at least one layer, or None for all.")
-    last = backend_of(model).n_layers - 1
-    for layer in layers:
-        if not 0 <= layer <= last:
-            raise ValueError(f"layers holds {layer}; this model has layers 0 to {last}.")
-    for steps in relax_steps:
-        if steps < 1:
-            raise ValueError(f"relax_steps holds {steps}; give 1 or more, or leave it empty.")
-    if max_heads is not None and not 1 <= max_heads <= backend_of(model).n_heads:
-        raise ValueError(
-            f"max_heads is {max_heads}; give 1 to {backend_of(model).n_heads}, which is all that a "
-            "layer of this model has, or None."
-        )
-    unknown = [name for name in objectives if name not in ("answers", "distill")]
-    if unknown or not objectives:
-        raise ValueError(f"objectives is {list(objectives)}; give 'answers', 'distill' or both.")
-    if "distill" in objectives and not all(isinstance(e, Example) for e in examples):
-        raise TypeError("objectives holds 'distill', which needs Examples: the teacher reads them.")
-
-
-def _as_json(candidate: Candidate) -> dict[str, Any]:
-    """A row of the table for the provenance; JSON has no NaN and no tuples."""
-    return {k: _plain(v) for k, v in vars(candidate).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _labels(examples: Sequence[FitExample]) -> list[Hashable]:
