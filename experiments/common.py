@@ -35,7 +35,7 @@ def tasks(names: Sequence[str] = RULES) -> list[Any]:
 def parser(description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     options.add_argument(
-        "--from-rows", action="store_true", help="draw the picture only, from the rows on disk"
+        "--from-rows", action="store_true", help="print or draw what is on disk, compute nothing"
     )
     return options
 
