@@ -7,7 +7,7 @@ Split by question: no fit sees a held-out question of its split. Steps and learn
 were chosen on the training questions of one group and seed, and questions are shared by groups, so
 some held-out ones of other splits had a part in that choice. The fit learns from shares, in four
 orders of the options; few-shot prompts and baselines see the first eight of its questions, each
-with its most frequent answer, and so does `fitted on 8`.
+with its most frequent answer; `fitted on 8` sees the same eight, with their shares.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ GROUPS = ("Democrat", "Republican", "under 30", "30-49", "50-64", "65+")
 SEEDS = (0, 1, 2, 3, 4)
 TRAIN_SHARE, N_ORDERS, STEPS, LEARNING_RATE = 26 / 46, 4, 45, 0.03
 N_SHOWN = 8  # questions in the prompts from which baselines are made
-BASELINES = ("task-vector", "mean-difference", "inference-time-intervention")
+BASELINES = (
+    "task-vector",
+    "mean-difference",
+    "inference-time-intervention",
+    "learnt-heads",
+    "in-context-vector",
+    "function-vector",
+)
+PARTS = ("fits", "shuffled answers", *BASELINES)
 POLL = ROOT.parent / "shared" / "data" / "opinions" / "nonvoters_groups.jsonl"
 NAME = "table_opinions"
 
@@ -39,50 +47,42 @@ def opinion_task(group: str) -> Any:
     return OpinionTask.from_jsonl(POLL, group=group) if POLL.is_file() else OpinionTask.load(group)
 
 
-def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
-    from tl_laai import FitProblem, fit_many
+def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
+    """Rows of one part of the table on one split."""
     from tl_laai.baselines import METHODS, tune
-    from tl_laai.controls import permuted_heads, random_direction
+    from tl_laai.controls import permuted_heads, random_direction, shuffled_shares
     from tl_laai.decoding import Edit
-    from tl_laai.evaluation import as_edit
     from tl_laai.prompts import PromptTemplate
     from tl_laai.surveys import evaluate_opinions, mean_floor, uniform_floor
     from tl_laai.tasks import Example
 
     split = task.split(train=round(TRAIN_SHARE * len(task.distinct)), seed=seed)
-    examples = task.examples(split.train, n_orders=N_ORDERS, seed=seed)
-    [fitted] = fit_many(
-        model,
-        [FitProblem(examples, LAYER)],
-        solver="adam",
-        learning_rate=LEARNING_RATE,
-        max_evaluations=STEPS,
-    )
-    few = task.examples(split.train[:N_SHOWN], n_orders=N_ORDERS, seed=seed)
-    [fitted_on_few] = fit_many(
-        model,
-        [FitProblem(few, LAYER)],
-        solver="adam",
-        learning_rate=LEARNING_RATE,
-        max_evaluations=STEPS,
-    )
-    # Baselines learn from right answers: a question's most frequent option.
-    asked = task.examples(split.train[:N_SHOWN], n_orders=1, seed=seed)
-    letters = [Example(e.prompt, e.names[int(np.argmax(e.distribution))].strip()) for e in asked]
-    bare = PromptTemplate(text="{input}", answer_end="")
-    edits = {"zero-shot": Edit(), "fitted": as_edit(model, fitted.intervention)}
-    edits["fitted on 8"] = as_edit(model, fitted_on_few.intervention)
-    for name in BASELINES:
-        edits[name] = tune(model, letters, METHODS[name], seed=seed, template=bare).edit
-    edits["random direction"] = random_direction(edits["fitted"], seed)
-    edits["permuted heads"] = permuted_heads(edits["fitted"], seed)
-    found = {
-        "uniform": uniform_floor(split.test),
-        "training mean": mean_floor(split.test, split.train),
-        **evaluate_opinions(model, split.test, edits, n_orders=N_ORDERS, seed=seed),
-    }
-    shown = {"demonstrations": split.train[:N_SHOWN], "n_orders": N_ORDERS, "seed": seed}
-    found["few-shot"] = evaluate_opinions(model, split.test, {"it": Edit()}, **shown)["it"]
+    asked = partial(task.examples, n_orders=N_ORDERS, seed=seed)
+    found = {}
+    if part == "fits":
+        edits = {
+            "zero-shot": Edit(),
+            "fitted": _fitted(model, asked(split.train)),
+            "fitted on 8": _fitted(model, asked(split.train[:N_SHOWN])),
+        }
+        edits["random direction"] = random_direction(edits["fitted"], seed)
+        edits["permuted heads"] = permuted_heads(edits["fitted"], seed)
+        found = {
+            "uniform": uniform_floor(split.test),
+            "training mean": mean_floor(split.test, split.train),
+        }
+    elif part == "shuffled answers":
+        edits = {part: _fitted(model, asked(shuffled_shares(split.train, seed)))}
+    else:
+        # Baselines learn from right answers: a question's most frequent option.
+        shown = task.examples(split.train[:N_SHOWN], n_orders=1, seed=seed)
+        right = [Example(e.prompt, e.names[int(np.argmax(e.distribution))].strip()) for e in shown]
+        bare = PromptTemplate(text="{input}", answer_end="")
+        edits = {part: tune(model, right, METHODS[part], seed=seed, template=bare).edit}
+    evaluated = partial(evaluate_opinions, model, split.test, n_orders=N_ORDERS, seed=seed)
+    found |= evaluated(edits)
+    if part == "fits":
+        found |= evaluated({"few-shot": Edit()}, demonstrations=split.train[:N_SHOWN])
     return [
         {
             "kind": "opinions",
@@ -98,7 +98,21 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
     ]
 
 
-def compute(groups: list[str], seeds: list[int]) -> None:
+def _fitted(model: Any, examples: Any) -> Any:
+    from tl_laai import FitProblem, fit_many
+    from tl_laai.evaluation import as_edit
+
+    [fitted] = fit_many(
+        model,
+        [FitProblem(examples, LAYER)],
+        solver="adam",
+        learning_rate=LEARNING_RATE,
+        max_evaluations=STEPS,
+    )
+    return as_edit(model, fitted.intervention)
+
+
+def compute(parts: list[str], groups: list[str], seeds: list[int]) -> None:
     from pathlib import Path
 
     from tl_laai import load_model
@@ -106,12 +120,13 @@ def compute(groups: list[str], seeds: list[int]) -> None:
     model = load_model(MODEL, device="cpu")
     jobs = []
     for seed in seeds:
-        for group in groups:
-            task = opinion_task(group)
-            shared = {"model": MODEL, "group": group, "seed": seed, "digest": task.digest}
-            shared["source"] = Path(task.source).name
-            jobs.append((shared, partial(compute_one, model, task, seed)))
-    resume(NAME, ("model", "group", "seed", "digest"), jobs)
+        for part in parts:
+            for group in groups:
+                task = opinion_task(group)
+                shared = {"model": MODEL, "group": group, "seed": seed, "part": part}
+                shared |= {"digest": task.digest, "source": Path(task.source).name}
+                jobs.append((shared, partial(compute_one, model, task, seed, part)))
+    resume(NAME, ("model", "group", "seed", "part", "digest"), jobs)
 
 
 def show(rows: list[Row], measure: str) -> None:
@@ -119,42 +134,54 @@ def show(rows: list[Row], measure: str) -> None:
     groups = list(dict.fromkeys(row["group"] for row in rows))
     lines = []
     for method, own in found.items():
-        cells = [_interval(own[group], None, measure) for group in groups]
-        lines.append([method, *(f"{i.difference:.3f} {_between(i)}" for i in cells)])
-    print(markdown([f"{measure}, held out", *groups], lines))
-    print(
-        f"\nSeeds {sorted({row['seed'] for row in rows})}; in brackets 95 % bootstrap intervals "
-        "over questions."
-    )
+        cells = [_interval(own.get(group, []), None, measure) for group in groups]
+        n_seeds = len({row["seed"] for these in own.values() for row in these})
+        lines.append([method, str(n_seeds), *map(_plain, cells)])
+    print(markdown([f"{measure}, held out", "seeds", *groups], lines))
+    print("\nIn brackets 95 % bootstrap intervals over questions.")
     print(MORE)
     lines = []
     for ours in ("fitted", "fitted on 8"):
         for other in (method for method in found if method != ours):
-            cells = [_interval(found[ours][g], found[other][g], measure) for g in groups]
-            own = (f"{i.difference:+.3f} {_between(i)}" for i in cells)
-            lines.append([f"{ours} - {other}", *own])
+            cells = [
+                _interval(found[ours].get(g, []), found[other].get(g, []), measure) for g in groups
+            ]
+            lines.append([f"{ours} - {other}", *map(_signed, cells)])
     print(markdown(["difference", *groups], lines))
 
 
-def _interval(ours: list[Row], theirs: list[Row] | None, measure: str) -> PairedDifference:
-    """Of a mean, or of a difference; what one question got in several splits is drawn together."""
+def _interval(ours: list[Row], theirs: list[Row] | None, measure: str) -> PairedDifference | None:
+    """Of a mean, or of a difference over the seeds that both ran for.
+
+    What one question got in several splits is drawn together.
+    """
+    other = {row["seed"]: row for row in (ours if theirs is None else theirs)}
+    ours = [row for row in ours if row["seed"] in other]
     a = [value for row in ours for value in row[measure]]
-    b = [0.0] * len(a) if theirs is None else [v for row in theirs for v in row[measure]]
-    return paired_bootstrap(a, b, [question for row in ours for question in row["questions"]])
+    b = [0.0 if theirs is None else v for row in ours for v in other[row["seed"]][measure]]
+    questions = [question for row in ours for question in row["questions"]]
+    return paired_bootstrap(a, b, questions) if ours else None
 
 
-def _between(found: PairedDifference) -> str:
-    return f"({found.low:.3f} to {found.high:.3f})"
+def _plain(found: PairedDifference | None) -> str:
+    return "-" if found is None else f"{found.difference:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def _signed(found: PairedDifference | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options.add_argument("--groups", nargs="+", default=list(GROUPS), metavar="GROUP")
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options.add_argument("--measure", default="kl")
     arguments = options.parse_args()
     if not arguments.from_rows:
-        compute(arguments.groups, arguments.seeds)
+        compute(arguments.parts, arguments.groups, arguments.seeds)
     show(read_rows(FIGURES / f"{NAME}.jsonl"), arguments.measure)
 
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_laai.controls import permuted_heads, random_direction, shuffled_answers
+from tl_laai.controls import permuted_heads, random_direction, shuffled_answers, shuffled_shares
 from tl_laai.decoding import Edit
+from tl_laai.opinions import OpinionQuestion
 from tl_laai.tasks import Example
 
 
@@ -49,6 +50,26 @@ def test_answers_are_shuffled_by_the_seed_alone() -> None:
     examples = [Example(f"in {i}", f"out {i}") for i in range(8)]
     assert shuffled_answers(examples, 3) == shuffled_answers(examples, 3)
     assert len({shuffled_answers(examples, seed) for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_option_gets_the_share_of_another(seed: int) -> None:
+    questions = [
+        OpinionQuestion(f"q{n}", "Which?", tuple("abcdef"[:n]), shares)
+        for n, shares in ((2, (0.9, 0.1)), (3, (0.5, 0.3, 0.2)), (5, (0.1, 0.4, 0.3, 0.15, 0.05)))
+    ]
+    shuffled = shuffled_shares(questions, seed)
+    assert shuffled == shuffled_shares(questions, seed)
+    for question, moved in zip(questions, shuffled, strict=True):
+        assert moved.options == question.options
+        assert sorted(moved.distribution) == sorted(question.distribution)
+        pairs = zip(question.distribution, moved.distribution, strict=True)
+        assert all(own != given for own, given in pairs)
+
+
+def test_shares_are_shuffled_by_the_seed() -> None:
+    questions = [OpinionQuestion("q", "Which?", ("a", "b", "c"), (0.5, 0.3, 0.2))] * 8
+    assert len({tuple(q.distribution for q in shuffled_shares(questions, s)) for s in range(5)}) > 1
 
 
 def test_a_random_direction_keeps_norms_and_zeros_and_little_else() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tl_laai.decoding import Edit
+from tl_laai.opinions import OpinionQuestion
 from tl_laai.tasks import Example
 
 
@@ -54,6 +55,27 @@ def shuffled_answers(examples: Sequence[Example], seed: int) -> tuple[Example, .
     step = max(map(len, groups.values()))
     given = {i: order[(at + step) % len(order)] for at, i in enumerate(order)}
     return tuple(Example(e.input, examples[given[i]].output) for i, e in enumerate(examples))
+
+
+def shuffled_shares(questions: Sequence[OpinionQuestion], seed: int) -> tuple[OpinionQuestion, ...]:
+    """Every question with each option's share given to another of its options.
+
+    Example:
+        >>> [tea] = shuffled_shares([OpinionQuestion("q", "Tea?", ("yes", "no"), (1, 0))], seed=0)
+        >>> tea.distribution
+        (0, 1)
+
+    Args:
+        questions: what a group answered; the shares of one are moved on cyclically.
+        seed: by how many options, question by question.
+    """
+    generator = random.Random(seed)
+    moved = []
+    for question in questions:
+        shares = question.distribution
+        by = 1 + int(generator.random() * (len(shares) - 1))
+        moved.append(replace(question, distribution=shares[by:] + shares[:by]))
+    return tuple(moved)
 
 
 def random_direction(edit: Edit, seed: int) -> Edit:
