@@ -41,6 +41,7 @@ OTHERS = (
     "zero-shot",
     "few-shot",
     "task-vector",
+    "task-vector, begins right",
     "learnt-heads",
     "lora",
     "ia3",

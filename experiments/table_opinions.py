@@ -136,9 +136,14 @@ def show(rows: list[Row], measure: str) -> None:
     for method, own in found.items():
         cells = [_interval(own.get(group, []), None, measure) for group in groups]
         n_seeds = len({row["seed"] for these in own.values() for row in these})
-        lines.append([method, str(n_seeds), *map(_plain, cells)])
-    print(markdown([f"{measure}, held out", "seeds", *groups], lines))
-    print("\nIn brackets 95 % bootstrap intervals over questions.")
+        outside = [row["outside"] for these in own.values() for row in these if row["outside"]]
+        lines.append([method, str(n_seeds), *map(_plain, cells), _share(outside)])
+    print(markdown([f"{measure}, held out", "seeds", *groups, "outside"], lines))
+    print(
+        "\nIn brackets 95 % bootstrap intervals over batteries of questions (which share stem and "
+        "options), then their questions. Outside: probability of no option's letter, mean over "
+        "groups."
+    )
     print(MORE)
     lines = []
     for ours in ("fitted", "fitted on 8"):
@@ -153,18 +158,27 @@ def show(rows: list[Row], measure: str) -> None:
 def _interval(ours: list[Row], theirs: list[Row] | None, measure: str) -> PairedDifference | None:
     """Of a mean, or of a difference over the seeds that both ran for.
 
-    What one question got in several splits is drawn together.
+    Questions of one battery are drawn together, and what one question got in several splits.
     """
     other = {row["seed"]: row for row in (ours if theirs is None else theirs)}
     ours = [row for row in ours if row["seed"] in other]
     a = [value for row in ours for value in row[measure]]
     b = [0.0 if theirs is None else v for row in ours for v in other[row["seed"]][measure]]
-    questions = [question for row in ours for question in row["questions"]]
-    return paired_bootstrap(a, b, questions) if ours else None
+    batteries = [_battery(question) for row in ours for question in row["questions"]]
+    return paired_bootstrap(a, b, batteries) if ours else None
+
+
+def _battery(question: str) -> str:
+    """What questions share that have the same stem and options: `Q8_1` and `Q8_2` are alike."""
+    return question.partition("_")[0]
 
 
 def _plain(found: PairedDifference | None) -> str:
     return "-" if found is None else f"{found.difference:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def _share(outside: list[float]) -> str:
+    return f"{np.mean(outside):.2f}" if outside else "-"
 
 
 def _signed(found: PairedDifference | None) -> str:

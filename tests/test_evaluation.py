@@ -146,14 +146,15 @@ def test_a_right_answer_is_counted(model: Any) -> None:
 
 def test_figures_are_means_over_rows() -> None:
     rows = tuple(
-        AnswerRow("a", "b", "b" if right else "c", right, score)
-        for right, score in ((True, -1.0), (False, -2.0), (True, -6.0), (False, -1.0))
+        AnswerRow("a", "b", prediction, prediction == "b", score)
+        for prediction, score in (("b", -1.0), ("c", -2.0), ("b", -6.0), ("b, or c", -1.0))
     )
     result = Evaluation(rows)
     assert result.n == 4
     assert result.exact_match == 0.5
     assert result.log_probability == -2.5
-    assert result.to_dict() == {"exact_match": 0.5, "n": 4, "log_probability": -2.5}
+    figures = {"exact_match": 0.5, "begins_right": 0.75, "n": 4, "log_probability": -2.5}
+    assert result.to_dict() == figures
     with_rows = result.to_dict(rows=True)
     assert with_rows["rows"][1] == {
         "input": "a",

@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from tl_laai.metrics import (
     Sparsity,
+    begins_with,
     bootstrap_interval,
     exact_match,
     kl_divergence,
@@ -64,6 +65,28 @@ def test_exact_match_forgives_white_space_around_and_the_form_of_accents_only(
 ) -> None:
     assert exact_match(prediction, target) is expected
     assert exact_match(target, prediction) is expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "expected"),
+    [
+        ("Paris", "Paris", True),
+        (" Paris is a city", "Paris", True),
+        ("Paris, France", "Paris", True),
+        ("Parisian", "Paris", False),
+        ("Pari", "Paris", False),
+        ("In Paris", "Paris", False),
+        ("cafe\u0301 noir", "caf\u00e9", True),
+        ("New York City", "New York", True),
+        ("", "Paris", False),
+    ],
+)
+def test_an_answer_may_go_on_after_the_right_words(
+    prediction: str, target: str, expected: bool
+) -> None:
+    assert begins_with(prediction, target) is expected
+    with pytest.raises(TypeError, match="prediction is None"):
+        begins_with(None, target)  # type: ignore[arg-type]  # the error is the point
 
 
 def test_exact_match_refuses_what_is_not_text() -> None:

@@ -38,7 +38,8 @@ def baselines(
     inference-time-intervention, learnt-heads; and fine-tuning, which takes
     minutes and needs the extra `baselines`: lora, ia3. Zero-shot and few-shot
     prompting stand beside them. Each method's setting is chosen by the same
-    cross-validation inside the training examples.
+    cross-validation inside the training examples. Vectors that are read off
+    activations are not taught where an answer ends: for them see "begins right".
     """
     data = draw(load_task(task), train=train, test=test, seed=seed)
     if not data.test:
@@ -95,11 +96,12 @@ def baselines(
             name,
             setting or "-",
             f"{100 * evaluation.exact_match:.1f} %",
+            f"{100 * evaluation.begins_right:.1f} %",
             f"{evaluation.log_probability:.2f}",
         )
         for name, (setting, evaluation) in found.items()
     ]
-    columns = ("method", "setting", "exact match", "log-probability")
+    columns = ("method", "setting", "exact match", "begins right", "log-probability")
     display.show(display.text_table(columns, cells))
     display.say(f"{data.task.name}: tuned on {train} examples, {len(data.test)} held out.")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
 from tl_laai.interventions import Intervention
-from tl_laai.metrics import exact_match
+from tl_laai.metrics import begins_with, exact_match
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, decoded_answer, tokenise
 from tl_laai.tasks import Example, check_disjoint
@@ -58,6 +58,11 @@ class Evaluation:
         return sum(row.correct for row in self.rows) / len(self.rows)
 
     @property
+    def begins_right(self) -> float:
+        """Share of examples whose answer begins with the right one, whatever follows, 0 to 1."""
+        return sum(begins_with(row.prediction, row.target) for row in self.rows) / len(self.rows)
+
+    @property
     def log_probability(self) -> float:
         """Mean log-probability of the target answers, in nats."""
         return sum(row.log_probability for row in self.rows) / len(self.rows)
@@ -71,6 +76,7 @@ class Evaluation:
         """Figures for scripts, with the rows if asked for."""
         figures = {
             "exact_match": self.exact_match,
+            "begins_right": self.begins_right,
             "n": self.n,
             "log_probability": self.log_probability,
         }

@@ -86,11 +86,39 @@ def exact_match(prediction: str, target: str) -> bool:
     Raises:
         TypeError: One of them is not text.
     """
+    first, second = _answers(prediction, target)
+    return first == second
+
+
+def begins_with(prediction: str, target: str) -> bool:
+    """Whether a decoded answer begins with the target as whole words, whatever follows.
+
+    For methods that are not taught where an answer ends: exact match asks them for that too.
+
+    Example:
+        >>> begins_with("Paris is", "Paris"), begins_with("Parisian", "Paris")
+        (True, False)
+
+    Args:
+        prediction: The decoded answer, which may go on.
+        target: The right answer.
+
+    Returns:
+        True when it does; white space and the form of accents count as in `exact_match`.
+
+    Raises:
+        TypeError: One of them is not text.
+    """
+    first, second = _answers(prediction, target)
+    return first.startswith(second) and not first[len(second) : len(second) + 1].isalnum()
+
+
+def _answers(prediction: str, target: str) -> tuple[str, ...]:
+    """Both texts as they are compared."""
     for name, text in (("prediction", prediction), ("target", target)):
         if not isinstance(text, str):
             raise TypeError(f"{name} is {text!r}, but must be a decoded answer, a str.")
-    first, second = (unicodedata.normalize("NFC", text).strip() for text in (prediction, target))
-    return first == second
+    return tuple(unicodedata.normalize("NFC", text).strip() for text in (prediction, target))
 
 
 def kl_divergence(p: Distribution, q: Distribution) -> Float[np.ndarray, "*batch"]:
