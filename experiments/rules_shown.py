@@ -106,6 +106,11 @@ def show(rows: list[Row]) -> None:
         # Of a setting, what stands before the first comma: the objective, or how many heads.
         values = (row[column] for own in found.get(method, {}).values() for row in own)
         print(f"{method}: {dict(Counter(str(value).split(',')[0] for value in values))}")
+    for method in ("lora", "ia3"):
+        # Learning rates and steps apart: either may be at the edge of what was offered.
+        settings = [row["setting"] for own in found.get(method, {}).values() for row in own]
+        parts = [Counter(setting.split(", ")[i] for setting in settings) for i in (0, 1)]
+        print(f"{method}: {', '.join(str(dict(part)) for part in parts)}")
     print(f"held-out inputs that are in the split of seed {SET_ON} too: {_also_set_on(rows)}\n")
     lines = []
     compared: set[frozenset[str]] = set()
