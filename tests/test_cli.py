@@ -561,3 +561,17 @@ def test_attribution_and_ablation_write_rows_that_can_be_drawn(
     table = done("ablate", "upper", "--test", 4, "--out", out).stdout
     assert "cumulative" in table
     done("figure", out, "--out", tmp_path / "ablation.pdf")
+
+
+def test_rows_that_could_not_be_written_are_refused_before_a_model_is_loaded(
+    inside: Path, tmp_path: Path
+) -> None:
+    kept = (inside / "upper" / "intervention.safetensors").read_bytes()
+    result = laai("ablate", "upper", "--out", "upper/intervention.safetensors")
+    assert "holds something else than rows" in refused(result, 2)
+    assert (inside / "upper" / "intervention.safetensors").read_bytes() == kept
+    assert "Loading" not in result.stderr
+    for command in ("attribute", "baselines"):
+        words = (command, "--model", "none", "--task", "upper.json", "--train", 4)
+        assert "is a folder" in refused(laai(*words, "--out", tmp_path), 2)
+    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tl_laai.rows import (
     append_rows,
+    check_rows_file,
     checked,
     complete_rows,
     number,
@@ -137,6 +138,52 @@ def test_a_file_is_written_anew_whole_or_not_at_all(tmp_path: Path) -> None:
         write_rows(path, [*some_rows(), {"kind": "sweep", "loss": float("nan")}])
     assert read_rows(path) == some_rows(2)
     assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"mine", b'{"format": 1}', b'{\n  "kind": "sweep"}', b"\x08\x01\x00", b"\n"]
+)
+def test_rows_replace_rows_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"notes holds something else than rows.*another file"):
+        write_rows(path, some_rows())
+    assert path.read_bytes() == content
+    for torn in (b"", b'{"ki', b'{"ki\0\0'):
+        path.write_bytes(torn)
+        write_rows(path, some_rows())
+        assert read_rows(path) == some_rows()
+    assert [file.name for file in tmp_path.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("folder", "folder is a folder or a device; give a file"),
+        ("file/rows.jsonl", r"file/rows\.jsonl cannot be written: .*Give a file in a folder"),
+        ("file/deep/rows.jsonl", "cannot be written"),
+    ],
+)
+def test_where_no_file_can_be_is_found_out_and_nothing_left_behind(
+    tmp_path: Path, out: str, message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for refusing in (check_rows_file, lambda path: write_rows(path, some_rows())):
+        with pytest.raises(ValueError, match=message):
+            refusing(tmp_path / out)
+    check_rows_file(tmp_path / "new" / "deep" / "rows.jsonl")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_failed_write_leaves_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_rows(tmp_path / "rows.jsonl", some_rows())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_are_no_rows_where_there_is_no_file_or_an_empty_one(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tl_laai.options import (
     load_for,
 )
 from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw, recorded_data, recorded_template
+from tl_laai.rows import check_rows_file, write_rows
 from tl_laai.tasks import load_task
 
 
@@ -94,10 +95,11 @@ def attribute(
     json: Json = False,
 ) -> None:
     """Gradient attribution of every head: one forward and one backward."""
+    if out is not None:
+        check_rows_file(out)
     data = draw(load_task(task), train=train, seed=seed)
     loaded = load(model, backend)
     from tl_laai.attribution import attribute as gradient_attribution
-    from tl_laai.rows import write_rows
 
     with display.step("Attributing"):
         values = gradient_attribution(loaded, data.train).values
@@ -133,12 +135,13 @@ def ablate(
     """What each head of an intervention carries: without it, it alone, strongest first."""
     from tl_laai.interventions import Intervention
 
+    if out is not None:
+        check_rows_file(out)
     intervention = Intervention.from_pretrained(folder)
     data = recorded_data(intervention.provenance, test=test)
     template = recorded_template(intervention.provenance)
     loaded = load_for(intervention, model, None)
     from tl_laai.attribution import ablate_heads
-    from tl_laai.rows import write_rows
 
     with display.step(f"Answering {len(data.test)} questions in all variants"):
         ablations = ablate_heads(loaded, intervention, data.test, template=template)

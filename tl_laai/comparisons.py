@@ -9,6 +9,7 @@ import typer
 from tl_laai import display
 from tl_laai.options import AnyBackend, AnyModel, Json, OneTask, Out, Seed, Test, load
 from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw
+from tl_laai.rows import check_rows_file, write_rows
 from tl_laai.tasks import load_task
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def baselines(
     cross-validation inside the training examples. Vectors that are read off
     activations are not taught where an answer ends: for them see "begins right".
     """
+    if out is not None:
+        check_rows_file(out)
     data = draw(load_task(task), train=train, test=test, seed=seed)
     if not data.test:
         raise ValueError(f"--train {train} leaves no example of {data.task.name} to hold out")
@@ -56,7 +59,6 @@ def baselines(
 
         import_peft()  # its absence is told before the work
     loaded = load(model, backend)
-    from tl_laai.rows import write_rows
 
     with display.row_bar("Tuning") as progress:
         compared = compare_methods(

@@ -25,6 +25,7 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,12 +260,47 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
+def check_rows_file(path: str | os.PathLike[str]) -> None:
+    """Find out, before the work and not after it, whether `write_rows` may and can write there.
+
+    Raises:
+        ValueError: There is something else than rows, or no file can be made there.
+    """
+    file = Path(path)
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{path} is a folder or a device; give a file for the rows.")
+    if file.exists():
+        with file.open("rb") as handle:
+            start = handle.read(len(_ROW_START)).rstrip(b"\0")
+        if start != _ROW_START[: len(start)]:  # a killed writer may have left less than a row
+            raise ValueError(
+                f"{path} holds something else than rows: it begins with {start!r}. Give another "
+                "file, or move that one away."
+            )
+    place = next(folder for folder in file.absolute().parents if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {error}. Give a file in a folder that you can write to."
+        ) from error
+
+
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-    """Write a file of rows anew, whole or not at all."""
+    """Write a file of rows anew, whole or not at all.
+
+    Raises:
+        ValueError: There is something else than rows, or no file can be made there; or a row
+            holds NaN or infinity.
+    """
+    check_rows_file(path)
     fresh = Path(f"{path}.new")
     fresh.unlink(missing_ok=True)
-    append_rows(fresh, rows)
-    os.replace(fresh, path)
+    try:
+        append_rows(fresh, rows)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
