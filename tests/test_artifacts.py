@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -63,6 +64,45 @@ def test_a_failed_first_save_leaves_no_folder(
     with pytest.raises(OSError, match="disk full"):
         Intervention({1: torch.ones(4, 8)}).save_pretrained(tmp_path / "x")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_a_disk_of_its_own_can_be_saved_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "mount"
+    disk.mkdir()
+
+    def move(source: Path, target: Path) -> None:
+        if source.is_relative_to(disk) != target.is_relative_to(disk):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target)
+
+    real = os.replace
+    monkeypatch.setattr(os, "replace", move)
+    for saved in (Intervention({1: torch.ones(4, 8)}), Intervention({2: torch.ones(4, 8)})):
+        saved.save_pretrained(disk)
+        assert Intervention.from_pretrained(disk) == saved
+        assert sorted(os.listdir(disk)) == sorted([TENSORS_FILE, CONFIG_FILE])
+
+
+def test_what_a_killed_save_left_behind_is_no_file_of_anyone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "shutil", None)  # nothing is cleaned up
+    with pytest.raises(AttributeError):
+        artifacts.check_folder(tmp_path)
+    monkeypatch.undo()
+    assert len(os.listdir(tmp_path)) == 1
+    artifacts.check_folder(tmp_path)
+
+
+def test_whether_a_folder_can_be_made_is_found_out_and_nothing_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, words in (("file", "is a file"), ("file/x", "cannot be written"), ("", "else than")):
+        with pytest.raises(ValueError, match=words):
+            artifacts.check_folder(tmp_path / name)
+    artifacts.check_folder(tmp_path / "new" / "deep")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_files_of_two_different_saves_are_told_apart(tmp_path: Path) -> None:

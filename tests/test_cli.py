@@ -249,6 +249,10 @@ def test_fit_replaces_an_intervention_but_nothing_else(inside: Path, tmp_path: P
     assert [file.name for file in (tmp_path / "thesis").iterdir()] == ["chapter"]
     message = refused(laai(*fit_arguments(inside, out=tmp_path / "thesis" / "chapter")), 2)
     assert "is a file; give a folder" in message
+    out = tmp_path / "thesis" / "chapter" / "1"
+    result = laai(*fit_arguments(inside, alpha=0.5, out=out))
+    assert f"--out {out} cannot be written" in refused(result, 2)
+    assert "Loading" not in result.stderr
 
 
 def test_show_has_a_line_for_every_head_and_the_provenance(inside: Path) -> None:

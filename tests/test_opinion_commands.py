@@ -92,3 +92,15 @@ def test_opinions_that_cannot_be_fitted_are_refused(
     arguments: tuple[object, ...], message: str
 ) -> None:
     assert message in refused(laai("opinions", "--model", "none", *arguments), 2)
+
+
+def test_opinions_are_not_saved_over_other_files_nor_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "chapter").write_text("mine", encoding="utf-8")
+    for out, message in (
+        (tmp_path, "holds something else than an intervention; give a new folder"),
+        (tmp_path / "chapter", "chapter is a file; give a folder"),
+        (tmp_path / "chapter" / "1", "1 cannot be written"),
+    ):
+        words = ("--model", "none", "--group", "65+", "--layer", 1, "--out", out)
+        assert message in refused(laai("opinions", *words), 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["chapter"]

@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 
 _LIBRARIES = ("tl_laai", "torch", "transformer-lens", "transformers", "safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_STAGING = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 class Artifact(NamedTuple):
@@ -81,7 +82,8 @@ def save_artifact(
     }
     text = json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _staging_folder(folder) as staging:
+    # Inside a folder that is there, since it may be a disk of its own, into which nothing is moved.
+    with _staging_folder(folder if folder.exists() else folder.parent) as staging:
         (staging / TENSORS_FILE).write_bytes(contents)
         (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
         if folder.exists():
@@ -93,10 +95,34 @@ def save_artifact(
     return folder
 
 
+def check_folder(folder: str | Path) -> None:
+    """Find out, before the work and not after it, whether an intervention may be saved there.
+
+    Raises:
+        ValueError: the path is a file, the folder holds something else than an intervention, or
+            no folder can be made there.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
+    # What a save that was killed has left behind is nobody's.
+    held = [p for p in folder.glob("*") if not _STAGING.fullmatch(p.name)]
+    if held and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} holds something else than an intervention; give a new folder")
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try:
+        with _staging_folder(there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written: {error}; give a folder that you can write to"
+        ) from error
+
+
 @contextlib.contextmanager
-def _staging_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` (so that moves are renames), gone at the end."""
-    staging = folder.absolute().parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+def _staging_folder(place: Path) -> Iterator[Path]:
+    """A new folder in `place`, gone at the end."""
+    staging = place / f".{uuid.uuid4().hex}.tmp"
     staging.mkdir()
     try:
         yield staging

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tl_laai import display
-from tl_laai.options import AnyBackend, AnyModel, Json, layer_number, load, load_for
+from tl_laai.options import (
+    AnyBackend,
+    AnyModel,
+    Json,
+    check_out,
+    layer_number,
+    load,
+    load_for,
+)
 from tl_laai.recipes import recorded_poll
 
 if TYPE_CHECKING:
@@ -76,6 +84,8 @@ def opinions(
         raise ValueError(
             "--learning-rate is adam's, and --alpha is solved by proximal gradient: leave one out"
         )
+    if out is not None:
+        check_out(out)
     limit = OPINION_STEPS if max_evaluations is None else max_evaluations
     rate = OPINION_LEARNING_RATE if learning_rate is None else learning_rate
     loaded = load(model, backend)

@@ -78,12 +78,10 @@ def newlines(text: str) -> str:
 
 
 def check_out(out: Path) -> None:
-    """Refuse, before the work and not after it, to save over anything but an intervention."""
-    from tl_laai.artifacts import CONFIG_FILE
+    """Refuse, before the work and not after it, where an intervention must not or cannot be."""
+    from tl_laai.artifacts import check_folder
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"--out {out} holds something else than an intervention; give a new folder"
-        )
+    try:
+        check_folder(out)
+    except ValueError as error:
+        raise ValueError(f"--out {error}") from error
