@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -42,6 +44,23 @@ def test_a_record_is_shown_flat_with_quotation_marks_where_needed() -> None:
 
 def test_cells_are_shown_as_they_are_and_not_read_as_markup() -> None:
     assert "[red]x[/red]" in rendered(display.text_table(("a",), [("[red]x[/red]",)]))[1]
+
+
+@pytest.mark.parametrize("name", ["a[/b]", "[bold red]x[/]"])
+def test_names_are_shown_as_they_are_and_not_read_as_markup(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert name in rendered(display.text_table((name,), []))[0]
+    result: Any = SimpleNamespace(n=3, exact_match=0.5, log_probability=-1.0)
+    display.show_results(name, {"zero_shot": result}, n_shown=1)
+    assert f"{name}, 3 held-out examples" in capsys.readouterr().out
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(display, "err", terminal)
+    for context in (display.step, display.solver_bar, display.row_bar):
+        with context(name):
+            pass
+    assert terminal.file.getvalue().count(f"{name}: ") == 2  # type: ignore[attr-defined]  # it is the StringIO
+    assert terminal.file.getvalue().count(name) >= 5  # type: ignore[attr-defined]  # it is the StringIO
 
 
 def test_an_error_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def step(description: str, *, spinner: bool = True) -> Iterator[None]:
     """
     started = time.monotonic()
     if spinner:
-        with err.status(description):
+        with err.status(Text(description)):
             yield
     else:
         yield
@@ -113,7 +113,7 @@ def solver_bar(
     """
     started = time.monotonic()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[objective]}"),
@@ -140,7 +140,7 @@ def row_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         ...     sweep_layers(model, tasks, out="rows.jsonl", progress=progress)
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -211,7 +211,7 @@ def show_results(task: str, results: Mapping[str, Evaluation], *, n_shown: int) 
     }
     table = Table(box=None, pad_edge=False, header_style="bold")
     n = next(iter(results.values())).n
-    table.add_column(f"{task}, {n} held-out examples")
+    table.add_column(Text(f"{task}, {n} held-out examples"))
     table.add_column("exact match", justify="right")
     table.add_column("log-probability", justify="right")
     for name, label in labels.items():
@@ -278,7 +278,7 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table of text; what is in it is shown as it is, never read as markup."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
