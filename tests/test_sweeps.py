@@ -282,6 +282,32 @@ def test_rows_that_no_sweep_wrote_are_refused(bridge: Any, out: Path, whole: Row
         sweep_layers(bridge, [NEXT], out=out, layers=[0], **QUICK)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": None}, r"rows\.jsonl' is not of one sweep: rows\[0\] .* has task = None"),
+        ({"settings": [1]}, "of a sweep with other model.*give another file"),
+        ({"provenance": None}, "of a sweep with other provenance, examples .*give another file"),
+        ({"provenance": {"weights_hash": ""}}, "other weights of the model, examples"),
+    ],
+)
+def test_rows_that_were_edited_are_refused(
+    bridge: Any, out: Path, whole: Rows, change: dict[str, Any], message: str
+) -> None:
+    append_rows(out, [whole[0] | change])
+    with pytest.raises(ValueError, match=message):
+        sweep_layers(bridge, [NEXT], out=out, layers=[0], **QUICK)
+
+
+def test_a_task_may_be_given_as_a_path(bridge: Any, out: Path, tmp_path: Path) -> None:
+    pairs = [{"input": a, "output": a.upper()} for a in LETTERS]
+    (tmp_path / "upper.json").write_text(json.dumps(pairs), encoding="utf-8")
+    options = QUICK | {"out": out, "layers": [0], "seeds": [0]}
+    rows = sweep_layers(bridge, [tmp_path / "upper.json"], **options)
+    assert [row["task"] for row in rows] == ["upper"]
+    assert sweep_layers(bridge, [str(tmp_path / "upper.json")], **options) == rows
+
+
 def test_two_sweeps_never_write_one_file_at_once(bridge: Any, out: Path) -> None:
     with only_writer(out), pytest.raises(ValueError, match="is being written by another process"):
         sweep_layers(bridge, [NEXT], out=out, layers=[0], **QUICK)

@@ -80,7 +80,7 @@ class SweepUnit:
 
 def sweep_layers(
     model: Any,
-    tasks: Sequence[str | Task],
+    tasks: Sequence[str | Path | Task],
     *,
     out: str | os.PathLike[str],
     layers: Sequence[int] | None = None,
@@ -174,9 +174,10 @@ def sweep_layers(
     ]
     wanted = [(u.task.name, layer, u.seed) for u in units for layer in chosen]
     with only_writer(out):
-        found = {_key(row): row for row in complete_rows(out) if row["kind"] == "sweep"}
+        there = [row for row in complete_rows(out) if row["kind"] == "sweep"]
         weights_hash = fingerprint(loaded).weights_hash if executor is None else None
-        _check_same_sweep(out, list(found.values()), units, weights_hash)
+        _check_same_sweep(out, there, units, weights_hash)
+        found = {_key(row): row for row in there}
 
         def keep(rows: Sequence[dict[str, Any]]) -> None:
             for row in [*found.values()][:1]:
@@ -207,11 +208,11 @@ def sweep_layers(
 
 
 def _checked_tasks(
-    tasks: Sequence[str | Task], n_train: int, n_test: int
+    tasks: Sequence[str | Path | Task], n_train: int, n_test: int
 ) -> list[tuple[Task, int]]:
     """Each task once, with the number of its held-out examples."""
     found: dict[str, Task] = {}
-    for task in (load_task(t) if isinstance(t, str) else t for t in tasks):
+    for task in (t if isinstance(t, Task) else load_task(t) for t in tasks):
         if found.setdefault(task.name, task).digest != task.digest:
             raise ValueError(
                 f"tasks holds two different ones named {task.name!r}, which rows could not tell "
@@ -220,8 +221,7 @@ def _checked_tasks(
         if n_test < 1 or len(task.distinct) <= n_train:
             raise ValueError(
                 f"n_train is {n_train} and n_test {n_test}: task {task.name!r} has "
-                f"{len(task.distinct)} distinct inputs, and at least one must be left to evaluate "
-                "on."
+                f"{len(task.distinct)} distinct inputs, and at least one must be held out."
             )
     return [(task, min(n_test, len(task.distinct) - n_train)) for task in found.values()]
 
@@ -235,14 +235,20 @@ def _check_same_sweep(
     """Refuse rows that do not belong beside those of the units."""
     settings = _settings(units[0])
     by_task = {unit.task.name: unit for unit in units}
-    for row in rows and checked(rows, "sweep"):
-        there = row.get("settings") or {}
+    try:
+        rows = rows and checked(rows, "sweep")
+    except ValueError as error:
+        raise ValueError(f"out={os.fspath(out)!r} is not of one sweep: {error}") from error
+    for row in rows:
+        there, origin = (_mapping(row.get(name)) for name in ("settings", "provenance"))
         other = [name for name, value in settings.items() if there.get(name) != value]
         if not other:
-            origin, unit = row["provenance"], by_task.get(row["task"])
-            if weights_hash not in (None, origin["weights_hash"]):
+            unit = by_task.get(row["task"])
+            if "weights_hash" not in origin:
+                other.append("provenance")
+            elif weights_hash not in (None, origin["weights_hash"]):
                 other.append("weights of the model")
-            if unit is not None and origin["task"]["digest"] != unit.task.digest:
+            if unit is not None and _mapping(origin.get("task")).get("digest") != unit.task.digest:
                 other.append("examples")
             if unit is not None and row["n"] != unit.n_test:
                 other.append("n_test")
@@ -252,6 +258,11 @@ def _check_same_sweep(
                 f"(task {row['task']!r}, layer {row['layer']}, seed {row['seed']}); give another "
                 "file, or move that one away."
             )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """What another program may have left out, or written otherwise, as an empty one."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def run_unit(model: Any, unit: SweepUnit) -> list[dict[str, Any]]:
