@@ -53,12 +53,13 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
 
 
 def test_a_saved_opinion_fit_is_evaluated_on_the_same_questions_again(
-    poll: Path, tmp_path: Path
+    poll: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--layer", 1)
     options = ("--train", 4, "--max-evaluations", 5, "--shots", 2, "--seed", 3, "--orders", 2)
     out = tmp_path / "opinion"
     first = json.loads(done("opinions", *arguments, *options, "--out", out, "--json").stdout)
+    monkeypatch.chdir(tmp_path)  # from any folder
     assert json.loads(done("evaluate", out, "--json").stdout) == first
     table = done("evaluate", out, "--no-few-shot").stdout
     assert "all: 4 held-out questions" in table

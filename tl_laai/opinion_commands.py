@@ -18,7 +18,7 @@ from tl_laai.options import (
     load,
     load_for,
 )
-from tl_laai.recipes import recorded_poll
+from tl_laai.recipes import model_name, recorded_poll
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,7 +99,7 @@ def opinions(
         split.train, n_orders=orders, seed=seed, template=DEFAULT_OPINION_TEMPLATE
     )
     known = {
-        "model": model,
+        "model": model_name(model),
         "backend": backend,
         "opinions": {
             "group": task.group,

@@ -95,7 +95,7 @@ def record(model: str, backend: str, data: TaskData) -> dict[str, Any]:
     task = data.task
     built_in = task.source == "built-in"
     return {
-        "model": _model_name(model),
+        "model": model_name(model),
         "backend": backend,
         "task": {
             "name": task.name,
@@ -105,6 +105,14 @@ def record(model: str, backend: str, data: TaskData) -> dict[str, Any]:
         },
         "split": {"train": len(data.train), "test": len(data.test), "seed": data.seed},
     }
+
+
+def model_name(name: str) -> str:
+    """The same model from any working directory: paths made absolute, names left alone."""
+    from tl_laai.checkpoints import BUILT_IN  # it imports torch
+
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in BUILT_IN and path.exists() else name
 
 
 def recorded_model(
@@ -295,11 +303,3 @@ def _absolute(source: str) -> str | None:
     """A file's path from any working directory; None for a task that came from no file."""
     path = Path(source)
     return str(path.resolve()) if path.is_file() else None
-
-
-def _model_name(name: str) -> str:
-    """The same model from any working directory: paths made absolute, names left alone."""
-    from tl_laai.checkpoints import BUILT_IN  # it imports torch
-
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name not in BUILT_IN and path.exists() else name
