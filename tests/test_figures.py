@@ -122,6 +122,16 @@ def hatched_rows(ax: Axes) -> list[float]:
 # --- what every figure keeps ---------------------------------------------------------------------
 
 
+@kinds
+@pytest.mark.parametrize("name", ["price $1 to $2", "a$b_$", r"a \$ sign"])
+def test_names_with_dollars_are_shown_as_they_are(kind: str, name: str) -> None:
+    figure = draw([row | {"task": f"{name} {row['task']}"} for row in MADE[kind]()])
+    figure.draw_without_rendering()
+    shown = [text._preprocess_math(text.get_text()) for text in figure.findobj(Text)]
+    assert not any(is_maths for _, is_maths in shown)
+    assert any(name in " ".join(text.split()) for text, _ in shown)
+
+
 @pytest.mark.parametrize(
     ("kind", "suffix"), [*((kind, ".svg") for kind in MADE), ("delta", ".pdf"), ("sweep", ".png")]
 )

@@ -228,5 +228,5 @@ def count(n: int, noun: str) -> str:
 
 
 def wrap(text: str, width: int = 50) -> str:
-    """Text in lines of at most `width` letters, names kept whole."""
-    return textwrap.fill(text, width, break_on_hyphens=False)
+    """Text in lines of at most `width` letters, names kept whole, dollars no signs of maths."""
+    return textwrap.fill(text, width, break_on_hyphens=False).replace("$", r"\$")
