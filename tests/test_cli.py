@@ -431,6 +431,7 @@ def test_another_model_than_that_of_the_fit_is_refused(inside: Path, tmp_path: P
     for command in (("evaluate", "upper"), ("generate", "upper", "Q")):
         message = refused(laai(*command, "--model", tmp_path / "twin"), 2)
         assert "not the one that this intervention was fitted on" in message
+        assert "strict=False in Python; laai has no option for it" in message
     message = refused(laai("evaluate", "upper", "--model", tmp_path / "wide"), 2)
     assert "not the one that this intervention was fitted on" in message
 
@@ -565,6 +566,12 @@ def test_attribution_and_ablation_write_rows_that_can_be_drawn(
     table = done("ablate", "upper", "--test", 4, "--out", out).stdout
     assert "cumulative" in table
     done("figure", out, "--out", tmp_path / "ablation.pdf")
+    both = tmp_path / "both.jsonl"
+    both.write_bytes(out.read_bytes() + (tmp_path / "attribution.jsonl").read_bytes())
+    words = ("figure", both, "--out", tmp_path / "both.pdf")
+    assert "say which by kind (--kind)" in refused(laai(*words), 2)
+    done(*words, "--kind", "attribution")
+    assert "holds none of kind 'path'" in refused(laai(*words, "--kind", "path"), 2)
 
 
 def test_rows_that_could_not_be_written_are_refused_before_a_model_is_loaded(

@@ -179,6 +179,7 @@ def figure(
     rows: Annotated[Path, typer.Argument(metavar="ROWS", help="A file of rows.")],
     out: Annotated[Path, typer.Option(help="A .png, .svg or .pdf file.")],
     task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only rows of this kind.")] = None,
 ) -> None:
     """Draw rows: a layer sweep, Delta's values, a path, an attribution map, an ablation."""
     from tl_laai import figures
@@ -187,7 +188,7 @@ def figure(
     chosen = [row for row in read_rows(rows) if task in (None, row.get("task"))]
     if not chosen:
         raise ValueError(f"--task {task}: {rows} holds no rows of it")
-    figures.save(figures.draw(chosen), out)
+    figures.save(figures.draw(chosen, kind), out)
     display.say(f"Drawn to {out}")
 
 

@@ -292,7 +292,7 @@ def draw(rows: Sequence[Row], kind: str | None = None) -> Figure:
     if kind is None:
         kinds = sorted({str(row.get("kind")) for row in rows})
         if len(kinds) > 1:
-            raise ValueError(f"rows are of several kinds, {kinds}; say which with kind=...")
+            raise ValueError(f"rows are of several kinds, {kinds}; say which by kind (--kind).")
         kind = kinds[0] if kinds else "sweep"
     else:
         rows = [row for row in rows if row.get("kind") == kind]

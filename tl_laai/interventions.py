@@ -330,7 +330,7 @@ class Intervention:
             if reason is not None:
                 raise ValueError(
                     f"model is not the one that this intervention was fitted on: {reason} If you "
-                    "mean it, pass strict=False."
+                    "mean it, pass strict=False in Python; laai has no option for it."
                 )
 
     # --------------------------------------------------------------------------------- files

@@ -28,7 +28,10 @@ Out = Annotated[Path | None, typer.Option(help="File to write the rows to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A saved intervention.")]
-OtherModel = Annotated[str | None, typer.Option("--model", help="Not the recorded model.")]
+OtherModel = Annotated[
+    str | None,
+    typer.Option("--model", help="Where the weights of the fit are, if not as recorded."),
+]
 OtherBackend = Annotated[Backend | None, typer.Option("--backend", help="Not the recorded one.")]
 AtMost = Annotated[int | None, typer.Option(min=1, help="At most so many examples.")]
 
