@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from tl_laai.tasks import Example, Task, load_task
 
 COUNTRIES = Task.load("country-capital")
 SMALL = Task("small", tuple(Example(f"in {i}", f"out {i}") for i in range(12)))
+
+
+def save(file: Path, examples: Iterable[Example]) -> str:
+    file.write_text(json.dumps([asdict(example) for example in examples]), encoding="utf-8")
+    return str(file)
 
 
 def test_a_fit_is_evaluated_on_what_it_held_out() -> None:
@@ -97,6 +103,19 @@ def test_a_task_file_that_has_changed_is_refused_unless_it_is_given(tmp_path: Pa
     with pytest.raises(ValueError, match=r"mine.json' has changed since the fit \(digest"):
         recorded_data(provenance)
     assert not recorded_data(provenance, task=str(file)).origin_known
+
+
+def test_what_was_fitted_on_is_not_held_out_of_a_file_of_another_name(tmp_path: Path) -> None:
+    few = save(tmp_path / "few.json", SMALL.examples[:6])
+    many = save(tmp_path / "many.json", SMALL.examples)
+    data = draw(load_task(few), train=4)
+    provenance = record("gpt2", "auto", data)
+    other = recorded_data(provenance, task=many, seed=1)
+    assert other.origin_known
+    assert other.test
+    assert not {e.input for e in other.test} & {e.input for e in data.train}
+    Path(few).unlink()
+    assert not recorded_data(provenance, task=many).origin_known
 
 
 def test_a_task_that_came_from_no_file_has_to_be_given_again() -> None:

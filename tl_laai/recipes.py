@@ -142,7 +142,7 @@ def recorded_data(
 ) -> TaskData:
     """The train and held-out examples of a fit, or of another task, size or seed.
 
-    Whatever is changed, no example that the fit is known to have seen is held out.
+    Whatever is changed, no input of an example that the fit is known to have seen is held out.
 
     Example:
         >>> recorded_data({}, task="antonym", test=5).origin_known
@@ -158,34 +158,32 @@ def recorded_data(
         ValueError: no task is recorded and none given; its data has changed since the fit; no
             example is left to hold out.
     """
-    source = _lookup(provenance, "task", "source")
-    name = _lookup(provenance, "task", "name") if source == "built-in" else source
-    if not isinstance(task or name, str):
+    name = task or _source(provenance)
+    if name is None:
         raise ValueError("the intervention does not record its task; give --task")
-    loaded = load_task(task or str(name))
+    loaded = load_task(name)
     n_train = _lookup(provenance, "split", "train") or DEFAULT_TRAIN
     old_seed = _lookup(provenance, "split", "seed") or 0
     digest = _lookup(provenance, "task", "digest")
-    same = digest == loaded.digest
-    if not same and task is None:
+    if task is None and digest != loaded.digest:
         raise ValueError(
             f"task {name!r} has changed since the fit (digest {digest}, now {loaded.digest}), so "
             "its split cannot be made again; restore it, or give --task"
         )
+    seen = _fitted_on(provenance, loaded)
     data = draw(
         loaded,
         train=n_train,
         test=test or _lookup(provenance, "split", "test") or DEFAULT_TEST,
         seed=old_seed if seed is None else seed,
-        without=draw(loaded, train=n_train, seed=old_seed).train if same else (),
+        without=seen or (),
     )
     if not data.test:
         raise ValueError(
             f"task {loaded.name!r} has {len(loaded.distinct)} distinct inputs, and none is left "
             "to hold out; fit on fewer, or give --task"
         )
-    another_task = _lookup(provenance, "task", "name") not in (None, loaded.name)
-    return replace(data, origin_known=same or another_task)
+    return replace(data, origin_known=seen is not None)
 
 
 @dataclass(frozen=True)
@@ -297,6 +295,30 @@ def _lookup(provenance: Any, *names: str) -> Any:
     for name in names:
         provenance = provenance.get(name) if isinstance(provenance, Mapping) else None
     return provenance
+
+
+def _source(provenance: Any) -> str | None:
+    """What `load_task` takes for the task of a fit; None where it came from no file."""
+    source = _lookup(provenance, "task", "source")
+    name = _lookup(provenance, "task", "name") if source == "built-in" else source
+    return name if isinstance(name, str) else None
+
+
+def _fitted_on(fit: Any, loaded: Task) -> tuple[Example, ...] | None:
+    """The examples that a fit has seen; None where they cannot be drawn again.
+
+    The digest alone tells: another file's name says nothing of what is in it.
+    """
+    digest, source = _lookup(fit, "task", "digest"), _source(fit)
+    if digest != loaded.digest and source is not None:
+        try:
+            loaded = load_task(source)
+        except (OSError, ValueError):
+            return None
+    n_train = _lookup(fit, "split", "train")
+    if digest != loaded.digest or n_train is None:
+        return None
+    return draw(loaded, train=n_train, seed=_lookup(fit, "split", "seed") or 0).train
 
 
 def _absolute(source: str) -> str | None:
