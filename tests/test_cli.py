@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -318,14 +319,32 @@ def test_evaluate_of_an_intervention_without_provenance_asks_and_warns(
     inside: Path, tmp_path: Path
 ) -> None:
     saved = Intervention.from_pretrained("upper")
-    (2 * saved).save_pretrained(tmp_path / "double")
-    double = tmp_path / "double"
-    assert "give --task" in refused(laai("evaluate", double), 2)
-    assert "give --model" in refused(laai("generate", double, "Q"), 2)
-    options = ["--task", "upper.json", "--no-few-shot", "--json", "--model", "model"]
-    result = done("evaluate", double, *options)
+    bare = tmp_path / "bare"
+    replace(saved, provenance={}).save_pretrained(bare)
+    assert "give --task" in refused(laai("evaluate", bare), 2)
+    assert "give --task" in refused(laai("ablate", bare), 2)
+    assert "give --model" in refused(laai("generate", bare, "Q"), 2)
+    given = ["--task", "upper.json", "--model", "model", "--json"]
+    result = done("evaluate", bare, *given, "--no-few-shot")
     assert json.loads(result.stdout)["intervened"]["n"] == 5
     assert "may contain some" in result.stderr
+    result = done("ablate", bare, *given)
+    assert json.loads(result.stdout)["rows"][0]["n"] == 5
+    assert "may contain some" in result.stderr
+
+
+def test_algebra_keeps_model_task_split_and_template(inside: Path, tmp_path: Path) -> None:
+    options = {"alpha": 0.5, "seed": 2, "template": "In: {input} Out:"}
+    done(*fit_arguments(inside, **options, out=tmp_path / "fit"))
+    fitted = Intervention.from_pretrained(tmp_path / "fit")
+    (1 * fitted.only_heads(fitted.heads())).save_pretrained(tmp_path / "same")
+    for command in ("evaluate", "ablate"):
+        expected, shown = (done(command, tmp_path / n, "--json") for n in ("fit", "same"))
+        assert json.loads(shown.stdout) == json.loads(expected.stdout)
+    (fitted + Intervention.from_pretrained("upper")).save_pretrained(tmp_path / "sum")
+    result = done("evaluate", tmp_path / "sum", "--json")
+    assert json.loads(result.stdout)["intervened"]["n"] <= 12
+    assert "different prompt templates" in result.stderr
 
 
 def test_generate_writes_what_the_model_generates(inside: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,13 @@ def test_a_saved_opinion_fit_is_evaluated_on_the_same_questions_again(
     assert "all: 4 held-out questions" in table
     assert "few-shot" not in table
     assert "are for tasks" in refused(laai("evaluate", out, "--test", 3), 2)
+    fitted = Intervention.from_pretrained(out)
+    (0.5 * fitted + 0.5 * fitted).save_pretrained(tmp_path / "mean")
+    assert json.loads(done("evaluate", tmp_path / "mean", "--json").stdout) == first
+    other = replace(fitted, provenance={**fitted.provenance, "split": {"train": 5}})
+    (fitted + other).save_pretrained(tmp_path / "sum")
+    message = refused(laai("evaluate", tmp_path / "sum"), 2)
+    assert "not all fitted on the same questions" in message
     text = (poll / "poll.jsonl").read_text(encoding="utf-8")
     (poll / "poll.jsonl").write_text(text.replace("is a?", "is z?"), encoding="utf-8")
     assert "have changed since the fit" in refused(laai("evaluate", out), 2)

@@ -16,15 +16,17 @@ from tl_laai.options import (
     Json,
     OneTask,
     OtherModel,
+    OtherTask,
     Out,
     Seed,
     Test,
     Train,
+    held_out,
     layer_number,
     load,
     load_for,
 )
-from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw, recorded_data, recorded_template
+from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw
 from tl_laai.rows import check_rows_file, write_rows
 from tl_laai.tasks import load_task
 
@@ -127,6 +129,7 @@ def attribute(
 
 def ablate(
     folder: Folder,
+    task: OtherTask = None,
     test: AtMost = None,
     model: OtherModel = None,
     out: Out = None,
@@ -138,8 +141,7 @@ def ablate(
     if out is not None:
         check_rows_file(out)
     intervention = Intervention.from_pretrained(folder)
-    data = recorded_data(intervention.provenance, test=test)
-    template = recorded_template(intervention.provenance)
+    data, template = held_out(intervention, task=task, test=test)
     loaded = load_for(intervention, model, None)
     from tl_laai.attribution import ablate_heads
 

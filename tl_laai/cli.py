@@ -21,8 +21,18 @@ from tl_laai import (
     fit_commands,
     opinion_commands,
 )
-from tl_laai.options import AtMost, Folder, Json, OtherBackend, OtherModel, load_for, newlines
-from tl_laai.recipes import compare, recorded_data, recorded_template
+from tl_laai.options import (
+    AtMost,
+    Folder,
+    Json,
+    OtherBackend,
+    OtherModel,
+    OtherTask,
+    held_out,
+    load_for,
+    newlines,
+)
+from tl_laai.recipes import compare, on_opinions
 from tl_laai.tasks import Task, available_tasks
 
 _USAGE = (ValueError, TypeError, FileNotFoundError)
@@ -91,7 +101,7 @@ app.command(
 def evaluate(
     folder: Folder,
     model: OtherModel = None,
-    task: Annotated[str | None, typer.Option(help="Not the recorded task.")] = None,
+    task: OtherTask = None,
     test: AtMost = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another split.")] = None,
     backend: OtherBackend = None,
@@ -108,8 +118,7 @@ def evaluate(
     from tl_laai.interventions import Intervention
 
     intervention = Intervention.from_pretrained(folder)
-    known = intervention.provenance
-    if "opinions" in known and task is None:
+    if on_opinions(intervention.provenance) and task is None:
         if test is not None or seed is not None:
             raise ValueError(
                 f"--test and --seed are for tasks: {folder} was fitted on opinions, and is "
@@ -119,14 +128,7 @@ def evaluate(
             intervention, model, backend, few_shot=few_shot, json=json
         )
         return
-    data = recorded_data(known, task=task, test=test, seed=seed)
-    template = recorded_template(known)
-    if not data.origin_known:
-        display.message(
-            "It is not recorded on which of these data the intervention was fitted: the held-out "
-            "examples may contain some.",
-            style="yellow",
-        )
+    data, template = held_out(intervention, task=task, test=test, seed=seed)
     loaded = load_for(intervention, model, backend)
     with display.step(f"Answering {len(data.test)} questions"):
         results = compare(loaded, intervention, data, template=template, few_shot=few_shot)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,15 +18,70 @@ from tl_laai.options import (
     load,
     load_for,
 )
-from tl_laai.recipes import model_name, recorded_poll
+from tl_laai.recipes import agreed, model_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tl_laai.interventions import Intervention
+    from tl_laai.opinions import OpinionTemplate
+    from tl_laai.polls import OpinionSplit
     from tl_laai.surveys import OpinionEvaluation
 
 OPINION_STEPS, OPINION_LEARNING_RATE = 45, 0.03
+
+
+@dataclass(frozen=True)
+class PollData:
+    """The questions of an opinion fit, and how they are asked.
+
+    Attributes:
+        group: whose answers.
+        split: what was fitted on, and what is held out.
+        n_orders: prompts a question.
+        seed: of split and orders.
+        shots: questions that few-shot prompts show; None for all that were fitted on.
+        template: how questions become prompts.
+    """
+
+    group: str
+    split: OpinionSplit
+    n_orders: int
+    seed: int
+    shots: int | None
+    template: OpinionTemplate
+
+
+def recorded_poll(provenance: Mapping[str, Any]) -> PollData:
+    """The questions that an opinion fit was made on, and those held out from it.
+
+    Raises:
+        FileNotFoundError, ValueError: the poll is not where it was, or has changed since the fit;
+            parts of the intervention were fitted on different questions.
+    """
+    from tl_laai.opinions import OpinionTemplate
+    from tl_laai.polls import OpinionTask
+
+    asked, split = (agreed(provenance, name) for name in ("opinions", "split"))
+    if asked is None or split is None:
+        raise ValueError(
+            "the parts of the intervention were not all fitted on the same questions of one group, "
+            "so none are known to be held out; evaluate the parts, or give --task"
+        )
+    group, source, digest = (asked[name] for name in ("group", "source", "digest"))
+    if source == "built-in":
+        task = OpinionTask.load(group)
+    else:
+        task = OpinionTask.from_jsonl(str(source), group=group)
+    if task.digest != digest:
+        raise ValueError(
+            f"the questions of {group!r} in {source} have changed since the fit (digest {digest}, "
+            f"now {task.digest}), so its split cannot be made again; restore them"
+        )
+    n_train, n_orders, seed, shots = (split[name] for name in ("train", "orders", "seed", "shots"))
+    template = OpinionTemplate(**asked["template"])
+    questions = task.split(train=n_train, seed=seed)
+    return PollData(task.group, questions, n_orders, seed, shots, template)
 
 
 def opinions(

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from tl_laai import display
-from tl_laai.recipes import recorded_model
+from tl_laai.recipes import TaskData, recorded_data, recorded_model, recorded_template
 
 if TYPE_CHECKING:
     from tl_laai.interventions import Intervention
+    from tl_laai.prompts import PromptTemplate
 
 # The same as in models.py, whose import takes seconds; a test compares them.
 Backend = Literal["auto", "hooked", "bridge"]
@@ -33,6 +34,7 @@ OtherModel = Annotated[
     typer.Option("--model", help="Where the weights of the fit are, if not as recorded."),
 ]
 OtherBackend = Annotated[Backend | None, typer.Option("--backend", help="Not the recorded one.")]
+OtherTask = Annotated[str | None, typer.Option("--task", help="Not the recorded task.")]
 AtMost = Annotated[int | None, typer.Option(min=1, help="At most so many examples.")]
 
 
@@ -44,12 +46,16 @@ class _Shown(logging.Handler):
         display.message(record.getMessage(), style="dim")
 
 
-def load(name: str, backend: str = "auto") -> Any:
-    """Load a model by name, showing what takes time."""
+def _show_log() -> None:
     log = logging.getLogger("tl_laai")
     if not any(isinstance(handler, _Shown) for handler in log.handlers):
         log.addHandler(_Shown())
         log.setLevel(logging.INFO)
+
+
+def load(name: str, backend: str = "auto") -> Any:
+    """Load a model by name, showing what takes time."""
+    _show_log()
     with display.step("Importing TransformerLens"):
         importlib.import_module("transformer_lens")
         from tl_laai.checkpoints import find_source
@@ -65,6 +71,21 @@ def load_for(intervention: Intervention, model: str | None, backend: str | None)
     loaded = load(*recorded_model(intervention.provenance, model=model, backend=backend))
     intervention.check_model(loaded, strict=True)
     return loaded
+
+
+def held_out(
+    intervention: Intervention, *, task: str | None, test: int | None, seed: int | None = None
+) -> tuple[TaskData, PromptTemplate]:
+    """What an intervention is evaluated on, and its template; doubts about them are shown."""
+    _show_log()
+    data = recorded_data(intervention.provenance, task=task, test=test, seed=seed)
+    if not data.origin_known:
+        display.message(
+            "It is not recorded on which of these data the intervention was fitted: the held-out "
+            "examples may contain some.",
+            style="yellow",
+        )
+    return data, recorded_template(intervention.provenance)
 
 
 def layer_number(text: str, *, option: str, allowed: str) -> int:

@@ -6,12 +6,14 @@
     opinions group, source, digest  instead of a task: whose answers to which questions
 
 So a saved intervention can be evaluated on its own held-out examples with nothing else said, and
-compared with the same model zero-shot and prompted with the same examples.
+compared with the same model zero-shot and prompted with the same examples. Of an intervention
+made of others by algebra, that is known in which all its parts agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,11 @@ from tl_laai.tasks import Example, Task, load_task, same_input_key
 if TYPE_CHECKING:
     from tl_laai.evaluation import Evaluation
     from tl_laai.interventions import Intervention
-    from tl_laai.opinions import OpinionTemplate
-    from tl_laai.polls import OpinionSplit
     from tl_laai.prompts import PromptTemplate
 
 DEFAULT_TRAIN, DEFAULT_TEST = 10, 100
+
+_LOG = logging.getLogger("tl_laai")
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,15 @@ def recorded_model(
         ('gemma-3-270m', 'bridge')
 
     Raises:
-        ValueError: the provenance names no model, and none is given.
+        ValueError: the provenance names no one model, and none is given.
     """
-    name = model or _lookup(provenance, "model")
+    name = model or agreed(provenance, "model")
     if not isinstance(name, str):
-        raise ValueError("the intervention does not record its model's name; give --model")
-    return name, backend or _lookup(provenance, "backend") or "auto"
+        raise ValueError(
+            "the intervention does not record its model's name, or its parts do not agree on it; "
+            "give --model"
+        )
+    return name, backend or agreed(provenance, "backend") or "auto"
 
 
 def recorded_data(
@@ -155,99 +160,84 @@ def recorded_data(
         seed: of another split of the same size.
 
     Raises:
-        ValueError: no task is recorded and none given; its data has changed since the fit; no
-            example is left to hold out.
+        ValueError: no one task is recorded and none given; its data has changed since the fit;
+            no example is left to hold out.
     """
-    name = task or _source(provenance)
+    recorded = {"task": agreed(provenance, "task")}
+    name = task or _source(recorded)
     if name is None:
-        raise ValueError("the intervention does not record its task; give --task")
+        raise ValueError(
+            "the intervention does not record its task, or its parts do not agree on it; "
+            "give --task"
+        )
     loaded = load_task(name)
-    n_train = _lookup(provenance, "split", "train") or DEFAULT_TRAIN
-    old_seed = _lookup(provenance, "split", "seed") or 0
-    digest = _lookup(provenance, "task", "digest")
+    digest = _lookup(recorded, "task", "digest")
     if task is None and digest != loaded.digest:
         raise ValueError(
             f"task {name!r} has changed since the fit (digest {digest}, now {loaded.digest}), so "
             "its split cannot be made again; restore it, or give --task"
         )
-    seen = _fitted_on(provenance, loaded)
+    seen = [_fitted_on(fit, loaded) for fit in _fits(provenance)]
     data = draw(
         loaded,
-        train=n_train,
-        test=test or _lookup(provenance, "split", "test") or DEFAULT_TEST,
-        seed=old_seed if seed is None else seed,
-        without=seen or (),
+        train=agreed(provenance, "split", "train") or DEFAULT_TRAIN,
+        test=test or agreed(provenance, "split", "test") or DEFAULT_TEST,
+        seed=(agreed(provenance, "split", "seed") or 0) if seed is None else seed,
+        without=[example for examples in seen for example in examples or ()],
     )
     if not data.test:
         raise ValueError(
             f"task {loaded.name!r} has {len(loaded.distinct)} distinct inputs, and none is left "
             "to hold out; fit on fewer, or give --task"
         )
-    return replace(data, origin_known=seen is not None)
+    return replace(data, origin_known=None not in seen)
 
 
-@dataclass(frozen=True)
-class PollData:
-    """The questions of an opinion fit, and how they are asked.
+def agreed(provenance: Any, *names: str) -> Any:
+    """A value deep in the provenance of every fit that an intervention was made of.
 
-    Attributes:
-        group: whose answers.
-        split: what was fitted on, and what is held out.
-        n_orders: prompts a question.
-        seed: of split and orders.
-        shots: questions that few-shot prompts show; None for all that were fitted on.
-        template: how questions become prompts.
+    Example:
+        >>> agreed({"operation": "negate", "parts": [{"split": {"seed": 3}}]}, "split", "seed")
+        3
+
+    Returns:
+        None where it is not recorded, or the fits do not agree on it.
     """
-
-    group: str
-    split: OpinionSplit
-    n_orders: int
-    seed: int
-    shots: int | None
-    template: OpinionTemplate
+    first, *others = [_lookup(fit, *names) for fit in _fits(provenance)]
+    return first if all(other == first for other in others) else None
 
 
-def recorded_poll(provenance: Mapping[str, Any]) -> PollData:
-    """The questions that an opinion fit was made on, and those held out from it.
-
-    Raises:
-        FileNotFoundError, ValueError: the poll is not where it was, or has changed since the fit.
-    """
-    from tl_laai.opinions import OpinionTemplate
-    from tl_laai.polls import OpinionTask
-
-    group, source, digest = (
-        _lookup(provenance, "opinions", name) for name in ("group", "source", "digest")
-    )
-    if source == "built-in":
-        task = OpinionTask.load(group)
-    else:
-        task = OpinionTask.from_jsonl(str(source), group=group)
-    if task.digest != digest:
-        raise ValueError(
-            f"the questions of {group!r} in {source} have changed since the fit (digest {digest}, "
-            f"now {task.digest}), so its split cannot be made again; restore them"
-        )
-    n_train, n_orders, seed, shots = (
-        _lookup(provenance, "split", name) for name in ("train", "orders", "seed", "shots")
-    )
-    template = OpinionTemplate(**_lookup(provenance, "opinions", "template"))
-    split = task.split(train=n_train, seed=seed)
-    return PollData(task.group, split, n_orders, seed, shots, template)
+def on_opinions(provenance: Mapping[str, Any]) -> bool:
+    """Whether an intervention, or a part of it, was fitted on opinions."""
+    return any(_lookup(fit, "opinions") is not None for fit in _fits(provenance))
 
 
 def recorded_template(provenance: Mapping[str, Any]) -> PromptTemplate:
     """The prompt template of a fit; the default one where none is recorded.
+
+    Where the parts of an intervention do not agree on it, that is said, and the default one taken.
 
     Raises:
         TypeError, ValueError: what is recorded is no template.
     """
     from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate  # imports torch
 
-    recorded = _lookup(provenance, "template")
-    known = recorded if isinstance(recorded, Mapping) else {}
-    names = [field.name for field in fields(PromptTemplate) if field.name in known]
-    return replace(DEFAULT_TEMPLATE, **{name: known[name] for name in names})
+    names = [field.name for field in fields(PromptTemplate)]
+    found = []
+    for fit in _fits(provenance):
+        recorded = _lookup(fit, "template")
+        known = recorded if isinstance(recorded, Mapping) else {}
+        known = {name: known[name] for name in names if name in known}
+        found.append(replace(DEFAULT_TEMPLATE, **known))
+    if len(set(found)) > 1:
+        _LOG.warning(
+            "The parts of the intervention were fitted with different prompt templates (%s): "
+            "prompts are made with the default one, %r.",
+            ", ".join(dict.fromkeys(repr(template.text) for template in found)),
+            DEFAULT_TEMPLATE.text,
+        )
+        return DEFAULT_TEMPLATE
+    return found[0]
 
 
 def compare(
@@ -295,6 +285,16 @@ def _lookup(provenance: Any, *names: str) -> Any:
     for name in names:
         provenance = provenance.get(name) if isinstance(provenance, Mapping) else None
     return provenance
+
+
+def _fits(provenance: Any) -> Iterator[Any]:
+    """The provenances of all fits that an intervention was made of: itself, or its parts'."""
+    parts = _lookup(provenance, "parts")
+    if isinstance(parts, list) and parts:
+        for part in parts:
+            yield from _fits(part)
+    else:
+        yield provenance
 
 
 def _source(provenance: Any) -> str | None:
