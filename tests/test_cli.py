@@ -315,6 +315,20 @@ def test_evaluate_can_leave_few_shot_out_and_take_another_split_or_task(
     assert "may contain some" not in result.stderr
 
 
+def test_what_few_shot_alone_cannot_do_is_refused_with_a_way_out(
+    inside: Path, tmp_path: Path
+) -> None:
+    two, long = tmp_path / "two.json", tmp_path / "long.json"
+    two.write_text(json.dumps([{"input": i, "output": "x"} for i in "?!"]))
+    long.write_text(json.dumps([{"input": i * 30, "output": "x"} for i in "!?#$%"]))
+    for file, message in ((two, "none is left to hold out"), (long, "context of 128")):
+        refusal = refused(laai("evaluate", "upper", "--task", file), 2)
+        assert message in refusal
+        assert "leave few-shot out (--no-few-shot)" in refusal
+        result = done("evaluate", "upper", "--task", file, "--no-few-shot", "--json")
+        assert json.loads(result.stdout)["few_shot"] is None
+
+
 def test_evaluate_of_an_intervention_without_provenance_asks_and_warns(
     inside: Path, tmp_path: Path
 ) -> None:

@@ -128,7 +128,7 @@ def evaluate(
             intervention, model, backend, few_shot=few_shot, json=json
         )
         return
-    data, template = held_out(intervention, task=task, test=test, seed=seed)
+    data, template = held_out(intervention, task=task, test=test, seed=seed, few_shot=few_shot)
     loaded = load_for(intervention, model, backend)
     with display.step(f"Answering {len(data.test)} questions"):
         results = compare(loaded, intervention, data, template=template, few_shot=few_shot)

@@ -74,18 +74,24 @@ def load_for(intervention: Intervention, model: str | None, backend: str | None)
 
 
 def held_out(
-    intervention: Intervention, *, task: str | None, test: int | None, seed: int | None = None
+    intervention: Intervention,
+    *,
+    task: str | None,
+    test: int | None,
+    seed: int | None = None,
+    few_shot: bool = False,
 ) -> tuple[TaskData, PromptTemplate]:
     """What an intervention is evaluated on, and its template; doubts about them are shown."""
     _show_log()
-    data = recorded_data(intervention.provenance, task=task, test=test, seed=seed)
+    known = intervention.provenance
+    data = recorded_data(known, task=task, test=test, seed=seed, few_shot=few_shot)
     if not data.origin_known:
         display.message(
             "It is not recorded on which of these data the intervention was fitted: the held-out "
             "examples may contain some.",
             style="yellow",
         )
-    return data, recorded_template(intervention.provenance)
+    return data, recorded_template(known)
 
 
 def layer_number(text: str, *, option: str, allowed: str) -> int:

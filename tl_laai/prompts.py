@@ -19,6 +19,10 @@ from tl_laai.splits import check_count, seeded_order
 from tl_laai.tasks import Example
 
 
+class TooLongError(ValueError):
+    """A prompt, or a prompt with its answer, is longer than the model's context."""
+
+
 @runtime_checkable
 class TokenisingModel(Protocol):
     """What is needed of a model: both TransformerLens classes have it."""
@@ -143,8 +147,8 @@ def tokenise(
         One entry an example, in their order.
 
     Raises:
-        ValueError: There are no examples, an answer has no tokens, or a prompt with its answer
-            is longer than the model's context.
+        ValueError: There are no examples, or an answer has no tokens.
+        TooLongError: A prompt with its answer is longer than the model's context.
     """
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
@@ -159,7 +163,8 @@ def tokenise_prompts(model: TokenisingModel, prompts: Sequence[str]) -> tuple[tu
 
     Raises:
         TypeError: `prompts` is one string and not a sequence of them.
-        ValueError: There are none, or one has no tokens or is longer than the model's context.
+        ValueError: There are none, or one has no tokens.
+        TooLongError: One is longer than the model's context.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a sequence of strings, got {prompts!r}; write [prompt]")
@@ -267,7 +272,7 @@ def _ids(model: TokenisingModel, text: str, **options: bool) -> tuple[int, ...]:
 
 def _check_length(model: TokenisingModel, length: int, what: str) -> None:
     if length > model.cfg.n_ctx:
-        raise ValueError(
+        raise TooLongError(
             f"{what} take {length} tokens, more than the model's context of {model.cfg.n_ctx}; "
             "shorten them or show fewer demonstrations"
         )

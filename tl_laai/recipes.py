@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,7 @@ def recorded_data(
     task: str | None = None,
     test: int | None = None,
     seed: int | None = None,
+    few_shot: bool = True,
 ) -> TaskData:
     """The train and held-out examples of a fit, or of another task, size or seed.
 
@@ -158,6 +160,7 @@ def recorded_data(
         task: built-in name or file, instead of the recorded one.
         test: at most so many held-out examples, instead of the recorded number.
         seed: of another split of the same size.
+        few_shot: False draws no train examples where none would be left to hold out.
 
     Raises:
         ValueError: no one task is recorded and none given; its data has changed since the fit;
@@ -178,17 +181,22 @@ def recorded_data(
             "its split cannot be made again; restore it, or give --task"
         )
     seen = [_fitted_on(fit, loaded) for fit in _fits(provenance)]
-    data = draw(
+    drawn = partial(
+        draw,
         loaded,
-        train=agreed(provenance, "split", "train") or DEFAULT_TRAIN,
         test=test or agreed(provenance, "split", "test") or DEFAULT_TEST,
         seed=(agreed(provenance, "split", "seed") or 0) if seed is None else seed,
         without=[example for examples in seen for example in examples or ()],
     )
+    n_train = agreed(provenance, "split", "train") or DEFAULT_TRAIN
+    data = drawn(train=min(n_train, len(loaded.distinct)))
+    if not data.test and not few_shot:  # only then: else both hold out the same
+        data = drawn(train=0)
     if not data.test:
+        instead = "leave few-shot out (--no-few-shot)" if few_shot and task else "fit on fewer"
         raise ValueError(
             f"task {loaded.name!r} has {len(loaded.distinct)} distinct inputs, and none is left "
-            "to hold out; fit on fewer, or give --task"
+            f"to hold out; {instead}, or give another --task"
         )
     return replace(data, origin_known=None not in seen)
 
@@ -264,20 +272,24 @@ def compare(
         Evaluations called `zero_shot`, `few_shot` and `intervened`.
 
     Raises:
-        ValueError: another model than that of the fit, or a prompt longer than its context.
+        ValueError: another model than that of the fit.
+        TooLongError: a prompt is longer than its context.
     """
     from tl_laai.decoding import Edit  # these import torch, which drawing examples can do without
     from tl_laai.evaluation import as_edit, evaluate, evaluate_edits
-    from tl_laai.prompts import DEFAULT_TEMPLATE
+    from tl_laai.prompts import DEFAULT_TEMPLATE, TooLongError
 
     template = template or DEFAULT_TEMPLATE
     edits = {"zero_shot": Edit(), "intervened": as_edit(model, intervention)}
-    results = evaluate_edits(model, data.test, edits, template=template)
-    if few_shot:
-        results["few_shot"] = evaluate(
-            model, data.test, demonstrations=data.train, template=template
-        )
-    return results
+    prompted = {}
+    if few_shot:  # first: the longest prompts are those that may not fit
+        try:
+            prompted["few_shot"] = evaluate(
+                model, data.test, demonstrations=data.train, template=template
+            )
+        except TooLongError as error:
+            raise TooLongError(f"{error}, or leave few-shot out (--no-few-shot)") from error
+    return evaluate_edits(model, data.test, edits, template=template) | prompted
 
 
 def _lookup(provenance: Any, *names: str) -> Any:
