@@ -114,6 +114,12 @@ def test_an_example_that_is_not_text_is_refused() -> None:
         Example("five", 5)  # type: ignore[arg-type]  # the wrong type is the point
 
 
+def test_an_output_of_several_lines_is_refused_and_an_input_of_them_is_not() -> None:
+    with pytest.raises(ValueError, match=r"output must be one line.*got 'Nairobi\\nyes'; give"):
+        Example("Kenya", "Nairobi\nyes")
+    assert Example("Ke\nnya", "Nairobi\n").input == "Ke\nnya"
+
+
 def test_an_empty_task_is_refused() -> None:
     with pytest.raises(ValueError, match="task 'void' has no examples"):
         Task("void", ())
@@ -216,6 +222,7 @@ def test_white_space_around_texts_is_dropped_and_other_keys_are_ignored(tmp_path
         (json.dumps([PAIRS[0], {"input": "Peru", "output": " "}]), "example 2: output must not"),
         (json.dumps([PAIRS[0], {"input": 5, "output": "x"}]), "example 2: input must be text"),
         (json.dumps([{"input": "x", "output": ["a", "b"]}]), "example 1: output must be text"),
+        (json.dumps([PAIRS[0], {"input": "x", "output": "a\nb"}]), "example 2: output must be one"),
     ],
 )
 def test_a_truncated_or_foreign_file_is_refused_in_one_line_that_opens_with_its_path(

@@ -35,10 +35,12 @@ class Example:
 
     Args:
         input: What the model is given, without template or surrounding white space.
-        output: What it should answer, without a leading space: the template sets it.
+        output: What it should answer, in one line: answers are read up to their first newline.
+            Without a leading space: the template sets it.
 
     Raises:
-        TypeError, ValueError: A field is not text, or has nothing but white space.
+        TypeError, ValueError: A field is not text, or has nothing but white space; `output` has
+            several lines.
     """
 
     input: str
@@ -51,6 +53,11 @@ class Example:
                 raise TypeError(f"{field} must be text, got {value!r}; write it as a string")
             if not value.strip():
                 raise ValueError(f"{field} must not be empty, got {value!r}; drop the example")
+        if "\n" in self.output.strip():  # never answered right, whatever the model writes
+            raise ValueError(
+                f"output must be one line, as answers end at a newline, got {self.output!r:.60}; "
+                "give one line, or leave the rest out"
+            )
 
 
 def same_input_key(text: str) -> str:
