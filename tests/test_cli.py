@@ -233,6 +233,22 @@ def test_fit_distils_on_inputs_from_a_file(inside: Path, tmp_path: Path) -> None
     assert (origin["inputs"], origin["label_share"]) == (["q", "r"], 0.25)
 
 
+def test_evaluate_counts_the_held_out_inputs_that_were_distilled_on(
+    inside: Path, tmp_path: Path
+) -> None:
+    held_out = draw(load_task("upper.json"), train=3, test=5).test
+    inputs = tmp_path / "inputs.txt"
+    inputs.write_text("\n".join(["q", *(example.input.upper() for example in held_out[:2])]))
+    changes = {"objective": "distill", "inputs": inputs, "alpha": 0.5, "max-evaluations": 3}
+    done(*fit_arguments(inside, **changes, out=tmp_path / "distilled"))
+    (2 * Intervention.from_pretrained(tmp_path / "distilled")).save_pretrained(tmp_path / "double")
+    for name in ("distilled", "double"):
+        result = done("evaluate", tmp_path / name, "--json", "--no-few-shot")
+        assert json.loads(result.stdout)["n_seen_unlabelled"] == 2
+        assert "distilled on 2 of the 5 held-out inputs" in result.stderr
+    assert "distilled on" not in done("evaluate", "upper", "--no-few-shot").stderr
+
+
 def test_settings_of_distillation_without_it_are_refused(inside: Path, tmp_path: Path) -> None:
     arguments = fit_arguments(inside, out=tmp_path / "x", alpha=0.5, **{"label-share": 0.5})
     assert "--label-share is for distilling" in refused(laai(*arguments), 2)
@@ -287,6 +303,7 @@ def test_evaluate_needs_nothing_but_the_folder(
         "few_shot": evaluate(model, split.test, demonstrations=split.train),
         "intervened": evaluate(model, split.test, intervention=saved),
     }
+    assert shown.pop("n_seen_unlabelled") == 0
     assert list(shown) == list(expected)
     for name, evaluation in expected.items():
         assert shown[name] == pytest.approx(evaluation.to_dict(), rel=1e-5)
@@ -398,7 +415,7 @@ def test_the_demo_fits_compares_shows_and_saves(
         assert part in text.lower() or part in text
     saved = Intervention.from_pretrained(tmp_path / "demo")
     assert saved.provenance["split"]["train"] == 10
-    assert len(json.loads(done("evaluate", tmp_path / "demo", "--json").stdout)) == 3
+    assert len(json.loads(done("evaluate", tmp_path / "demo", "--json").stdout)) == 4
 
 
 # ---------------------------------------------------------------------------------- bad usage

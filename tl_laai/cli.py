@@ -134,7 +134,11 @@ def evaluate(
         results = compare(loaded, intervention, data, template=template, few_shot=few_shot)
     if json:
         shown = {name: results[name].to_dict() for name in results}
-        display.show_json({"zero_shot": None, "few_shot": None, "intervened": None} | shown)
+        display.show_json(
+            {"zero_shot": None, "few_shot": None, "intervened": None}
+            | shown
+            | {"n_seen_unlabelled": data.n_seen_unlabelled}
+        )
     else:
         display.show_results(data.task.name, results, n_shown=len(data.train))
 

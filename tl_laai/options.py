@@ -91,6 +91,12 @@ def held_out(
             "examples may contain some.",
             style="yellow",
         )
+    if data.n_seen_unlabelled:
+        display.message(
+            f"The fit was distilled on {data.n_seen_unlabelled} of the {len(data.test)} held-out "
+            "inputs: it has seen them, but not their answers.",
+            style="yellow",
+        )
     return data, recorded_template(known)
 
 

@@ -41,6 +41,7 @@ class TaskData:
         test: held out; shares no input with `train`.
         seed: of the split.
         origin_known: whether it is certain that `test` has no example that was fitted on.
+        n_seen_unlabelled: inputs of `test` that a distilled fit has seen, without their answers.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class TaskData:
     test: tuple[Example, ...]
     seed: int
     origin_known: bool = True
+    n_seen_unlabelled: int = 0
 
 
 def draw(
@@ -198,7 +200,9 @@ def recorded_data(
             f"task {loaded.name!r} has {len(loaded.distinct)} distinct inputs, and none is left "
             f"to hold out; {instead}, or give another --task"
         )
-    return replace(data, origin_known=None not in seen)
+    unlabelled = {key for fit in _fits(provenance) for key in _unlabelled(fit)}
+    n_unlabelled = sum(same_input_key(example.input) in unlabelled for example in data.test)
+    return replace(data, origin_known=None not in seen, n_seen_unlabelled=n_unlabelled)
 
 
 def agreed(provenance: Any, *names: str) -> Any:
@@ -331,6 +335,12 @@ def _fitted_on(fit: Any, loaded: Task) -> tuple[Example, ...] | None:
     if digest != loaded.digest or n_train is None:
         return None
     return draw(loaded, train=n_train, seed=_lookup(fit, "split", "seed") or 0).train
+
+
+def _unlabelled(fit: Any) -> list[str]:
+    """The inputs that a fit was distilled on, given or made up, as they are compared."""
+    inputs = _lookup(fit, "objective", "inputs")
+    return [same_input_key(text) for text in inputs] if isinstance(inputs, list) else []
 
 
 def _absolute(source: str) -> str | None:
