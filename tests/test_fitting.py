@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import tiny
@@ -407,3 +409,38 @@ def test_a_model_of_another_class_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"model is a Other.*load_model"):
         fit(Other(), EXAMPLES, layer=1)
+
+
+def test_numbers_of_numpy_are_taken_and_kept_as_json(any_model: Any) -> None:
+    plain = fit(any_model, EXAMPLES, layer=1, alpha=0.5, max_evaluations=3, relax_steps=2)
+    two, three = np.int64(2), np.int64(3)
+    found = fit(
+        any_model, EXAMPLES, layer=np.int64(1), alpha=np.float64(0.5), tolerance=np.float32(0.5),
+        learning_rate=np.float32(0.125), max_evaluations=three, relax_steps=two,
+    )  # fmt: skip
+    assert found.layer == plain.layer == 1
+    settings = json.loads(json.dumps(dict(found.intervention.provenance)))["solver"]
+    assert (settings["max_evaluations"], settings["relax_steps"]) == (3, 2)
+    assert (settings["tolerance"], settings["learning_rate"]) == (0.5, 0.125)
+    adam = fit(any_model, EXAMPLES, layer=1, solver="adam", max_evaluations=two)
+    assert adam.intervention.provenance["solver"]["max_evaluations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": True}, "layer is True; give an integer"),
+        ({"layer": 1.5}, "layer is 1.5; give an integer"),
+        ({"max_evaluations": 2.0}, "max_evaluations is 2.0; give an integer"),
+        ({"relax_steps": "2"}, "relax_steps is '2'; give an integer"),
+        ({"provenance": {"path": Path()}}, "provenance=.* is not JSON"),
+    ],
+)
+def test_what_an_intervention_cannot_hold_is_refused_before_the_fit(
+    any_model: Any, options: dict[str, Any], message: str
+) -> None:
+    def callback(_: Progress) -> None:
+        raise AssertionError("the fit has started")
+
+    with pytest.raises(TypeError, match=message):
+        fit(any_model, EXAMPLES, **({"layer": 1, "callback": callback} | options))

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -143,6 +144,9 @@ def test_heads_lists_what_a_loop_finds_by_falling_norm(a: Intervention) -> None:
     assert a.n_heads_used == len(expected)
     assert a.norm() == pytest.approx(sum(n * n for n in expected.values()) ** 0.5)
     assert a.only_heads(found) == a
+    numpys = a.only_heads([(np.int64(h.layer), np.int64(h.head)) for h in found])
+    assert numpys == a
+    assert numpys.provenance == a.only_heads(found).provenance
     for layer in a.layers:
         assert a.heads(layer) == [h for h in found if h.layer == layer]
 

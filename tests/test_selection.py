@@ -7,8 +7,10 @@ import itertools
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 
@@ -426,3 +428,25 @@ def test_objectives_that_cannot_be_are_refused() -> None:
     question = [OptionExample(f"{i}?", ("A", "B"), (0.5, 0.5), question=str(i)) for i in range(4)]
     with pytest.raises(TypeError, match="the teacher reads them"):
         fit_auto(model, question, objectives=["distill"])
+
+
+def test_numbers_of_numpy_choose_as_pythons_do(model: Any) -> None:
+    steps = {"relax_steps": np.array([1, 2]), "n_folds": np.int64(2), "seed": np.int64(3)}
+    found = fit_auto(
+        model, EXAMPLES, layers=np.arange(2), alphas=np.array([0.5], dtype=np.float32),
+        max_heads=np.int64(4), max_evaluations=np.int64(2), **steps,
+    )  # fmt: skip
+    plain = fit_auto(
+        model, EXAMPLES, layers=[0, 1], alphas=[0.5], max_heads=4, max_evaluations=2,
+        relax_steps=[1, 2], n_folds=2, seed=3,
+    )  # fmt: skip
+    assert found.table == plain.table
+    assert found.fit.intervention == plain.fit.intervention
+
+
+def test_provenance_that_cannot_be_kept_is_refused_before_anything_is_tried(model: Any) -> None:
+    def progress(*_: Any) -> None:
+        raise AssertionError("the choice has started")
+
+    with pytest.raises(TypeError, match=r"provenance=.* is not JSON"):
+        fit_auto(model, EXAMPLES, provenance={"path": Path()}, progress=progress)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -466,3 +467,26 @@ def test_rows_are_json_whatever_the_penalty_is_made_of(bridge: Any, out: Path) -
     )
     assert json.loads(out.read_text()) == row
     assert row["penalty"] == "l1 0.25, group 0.5"
+
+
+def test_numbers_of_numpy_become_json_in_rows(bridge: Any, out: Path) -> None:
+    options = {"n_train": np.int64(3), "n_test": np.int64(2), "max_evaluations": np.int64(2)}
+    rows = sweep_layers(
+        bridge, [NEXT], out=out, layers=np.arange(2), seeds=np.arange(1), alpha=np.float32(0.5),
+        tolerance=np.float32(0.5), learning_rate=np.float32(0.5), **options,
+    )  # fmt: skip
+    assert read_rows(out) == rows
+    assert keys(rows) == [("next", 0, 0), ("next", 0, 1)]
+    again = sweep_layers(
+        bridge, [NEXT], out=out, layers=[1, 0], seeds=[0], alpha=0.5, tolerance=0.5,
+        learning_rate=0.5, n_train=3, n_test=2, max_evaluations=2,
+    )  # fmt: skip
+    assert again == rows
+
+
+@pytest.mark.parametrize(
+    "options", [{"layers": [True]}, {"seeds": [0.5]}, {"n_train": "3"}, {"max_evaluations": 2.5}]
+)
+def test_what_is_no_integer_is_refused(bridge: Any, out: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=rf"{next(iter(options))} is .*; give an integer"):
+        sweep_layers(bridge, [NEXT], out=out, **(QUICK | options))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -21,12 +21,13 @@ from tl_laai.artifacts import library_versions
 from tl_laai.engine import Engine
 from tl_laai.fingerprints import fingerprint
 from tl_laai.hooking import Position
-from tl_laai.interventions import Intervention
+from tl_laai.interventions import Intervention, json_provenance
 from tl_laai.penalties import SparseGroupLasso
 from tl_laai.problems import FitExample, engine_for
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.relaxation import LEARNING_RATE, Relaxed, relax
 from tl_laai.solvers import Progress, Solution, Status, adam, proximal_gradient
+from tl_laai.splits import integer
 
 Solver = Literal["proximal", "adam"]
 
@@ -55,6 +56,9 @@ class FitProblem:
         start: Delta to start from, `[n_heads, d_head]`; None for zero.
         provenance: what the caller knows (task, split, seed), kept with the intervention.
         weights: of the examples in the loss, divided by their sum; None for all alike.
+
+    Raises:
+        TypeError: a layer that is no integer (NumPy's will do), or provenance that is no JSON.
     """
 
     examples: Sequence[FitExample]
@@ -65,6 +69,11 @@ class FitProblem:
     start: Float[Tensor, "n_heads d_head"] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        # The intervention would refuse both, but only once the fit is done.
+        object.__setattr__(self, "layer", integer("layer", self.layer))
+        json_provenance(self.provenance)
 
 
 @dataclass(frozen=True)
@@ -135,9 +144,9 @@ class FitBatch:
         start: Float[Tensor, "n_problems n_heads d_head"] | None = None,
         penalty: SparseGroupLasso | None = None,
         solver: Solver = "proximal",
-        tolerance: float = 1e-3,
-        max_evaluations: int = 150,
-        learning_rate: float = LEARNING_RATE,
+        tolerance: SupportsFloat = 1e-3,
+        max_evaluations: SupportsIndex = 150,
+        learning_rate: SupportsFloat = LEARNING_RATE,
         callback: Callable[[Any], None] | None = None,
     ) -> tuple[Solution, ...]:
         """Solve all problems, from each problem's own start and penalty unless others are given.
@@ -145,6 +154,9 @@ class FitBatch:
         Raises:
             ValueError: an unknown solver, or a loss that is not finite at the start.
         """
+        # Settings are kept as JSON.
+        tolerance, learning_rate = float(tolerance), float(learning_rate)
+        max_evaluations = integer("max_evaluations", max_evaluations)
         if solver not in ("proximal", "adam"):
             raise ValueError(f"solver is {solver!r}; use 'proximal' or 'adam'.")
         if start is None:
@@ -190,11 +202,11 @@ class FitBatch:
     def relaxed(
         self,
         *,
-        steps: int,
+        steps: SupportsIndex,
         at: Collection[int] = (),
-        tolerance: float = 1e-3,
-        max_evaluations: int = 150,
-        learning_rate: float = LEARNING_RATE,
+        tolerance: SupportsFloat = 1e-3,
+        max_evaluations: SupportsIndex = 150,
+        learning_rate: SupportsFloat = LEARNING_RATE,
         callback: Callable[[Any], None] | None = None,
     ) -> Relaxed:
         """Let each problem's penalty choose entries, then fit those by Adam without it.
@@ -210,6 +222,10 @@ class FitBatch:
         Raises:
             ValueError: a problem has a start of its own: a relaxed fit starts from zero.
         """
+        # Settings are kept as JSON.
+        tolerance, learning_rate = float(tolerance), float(learning_rate)
+        steps = integer("relax_steps", steps)
+        max_evaluations = integer("max_evaluations", max_evaluations)
         if any(problem.start is not None for problem in self.problems):
             raise ValueError("start is given: a relaxed fit starts from zero, so leave it out.")
         weights = torch.as_tensor(self.penalty.l1 + self.penalty.group)

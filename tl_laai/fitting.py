@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 from tl_laai.batches import Fit, FitBatch, FitProblem, Solver
 from tl_laai.distillation import Distillation, Lesson, prepare
@@ -19,6 +19,7 @@ from tl_laai.penalties import SparseGroupLasso
 from tl_laai.problems import FitExample
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.relaxation import LEARNING_RATE
+from tl_laai.splits import integer
 from tl_laai.tasks import Example
 
 
@@ -26,7 +27,7 @@ def fit(
     model: Any,
     examples: Sequence[FitExample],
     *,
-    layer: int,
+    layer: SupportsIndex,
     penalty: SparseGroupLasso | None = None,
     alpha: float | None = None,
     l1_ratio: float = 0.0,
@@ -35,10 +36,10 @@ def fit(
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
     solver: Solver = "proximal",
-    tolerance: float = 1e-3,
-    max_evaluations: int = 150,
-    learning_rate: float = LEARNING_RATE,
-    relax_steps: int = 0,
+    tolerance: SupportsFloat = 1e-3,
+    max_evaluations: SupportsIndex = 150,
+    learning_rate: SupportsFloat = LEARNING_RATE,
+    relax_steps: SupportsIndex = 0,
     provenance: Mapping[str, Any] | None = None,
     callback: Callable[[Any], None] | None = None,
 ) -> Fit:
@@ -77,7 +78,8 @@ def fit(
     Raises:
         ValueError: an empty task, a layer out of range, a prompt too long, a non-finite loss.
     """
-    problem = FitProblem(examples, layer, penalty, alpha, l1_ratio, None, provenance or {})
+    number = integer("layer", layer)
+    problem = FitProblem(examples, number, penalty, alpha, l1_ratio, None, provenance or {})
     if objective == "distill":
         labelled = [example for example in examples if isinstance(example, Example)]
         if len(labelled) < len(examples):
@@ -122,10 +124,10 @@ def fit_many(
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
     solver: Solver = "proximal",
-    tolerance: float = 1e-3,
-    max_evaluations: int = 150,
-    learning_rate: float = LEARNING_RATE,
-    relax_steps: int = 0,
+    tolerance: SupportsFloat = 1e-3,
+    max_evaluations: SupportsIndex = 150,
+    learning_rate: SupportsFloat = LEARNING_RATE,
+    relax_steps: SupportsIndex = 0,
     max_memory: float = 1.0,
     callback: Callable[[Any], None] | None = None,
 ) -> tuple[Fit, ...]:
@@ -147,6 +149,8 @@ def fit_many(
     Returns:
         One fit a problem, in order.
     """
+    relax_steps = integer("relax_steps", relax_steps)
+    max_evaluations = integer("max_evaluations", max_evaluations)
     if relax_steps and solver != "proximal":
         raise ValueError(
             f"relax_steps is {relax_steps} with solver={solver!r}, which leaves nothing at zero: "

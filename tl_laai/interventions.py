@@ -33,6 +33,7 @@ from tl_laai.hooking import (
     deltas_applied,
     hook_name,
 )
+from tl_laai.splits import integer
 
 _HOOK_NAME = re.compile(r"blocks\.(\d+)\.attn\.hook_z")
 
@@ -83,14 +84,8 @@ class Intervention:
             _check_delta(layer, delta, shape, self.fingerprint)
         copies = {layer: self.deltas[layer].detach().clone() for layer in sorted(self.deltas)}
         object.__setattr__(self, "deltas", MappingProxyType(copies))
-        try:
-            provenance = json.loads(json.dumps(dict(self.provenance), allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"provenance={self.provenance!r} is not JSON ({error}). Use strings, finite "
-                "numbers, booleans, None, lists and dictionaries."
-            ) from error
-        object.__setattr__(self, "provenance", MappingProxyType(provenance))
+        provenance = MappingProxyType(json_provenance(self.provenance))
+        object.__setattr__(self, "provenance", provenance)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Mapping proxies cannot be pickled, and process pools and deepcopy need to.
@@ -243,16 +238,19 @@ class Intervention:
         """The same layers and shapes, all zero: the neutral element of `+`."""
         return self._mapped(lambda _, delta: torch.zeros_like(delta), "zeros_like")
 
-    def only_heads(self, heads: Iterable[tuple[int, ...]]) -> Intervention:
+    def only_heads(self, heads: Iterable[tuple[Any, ...]]) -> Intervention:
         """Keep these `(layer, head)` pairs, or entries of `heads()`; zero all others."""
         return self._with_heads_zeroed(heads, keep=True)
 
-    def without_heads(self, heads: Iterable[tuple[int, ...]]) -> Intervention:
+    def without_heads(self, heads: Iterable[tuple[Any, ...]]) -> Intervention:
         """Set these `(layer, head)` pairs, or entries of `heads()`, to zero; the others stay."""
         return self._with_heads_zeroed(heads, keep=False)
 
-    def _with_heads_zeroed(self, heads: Iterable[tuple[int, ...]], *, keep: bool) -> Intervention:
-        chosen = {(layer, head) for layer, head, *_ in heads}
+    def _with_heads_zeroed(self, heads: Iterable[tuple[Any, ...]], *, keep: bool) -> Intervention:
+        chosen = {
+            (integer("layer in heads", layer), integer("head in heads", head))
+            for layer, head, *_ in heads
+        }
         for layer, head in chosen:
             if layer not in self.deltas or not 0 <= head < self.shape[0]:
                 raise ValueError(
@@ -412,6 +410,21 @@ class Intervention:
             "provenance": dict(self.provenance),
         }
         return Artifact({hook_name(layer): d for layer, d in self.deltas.items()}, config)
+
+
+def json_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance as JSON would give it back.
+
+    Raises:
+        TypeError: it is no JSON.
+    """
+    try:
+        return dict(json.loads(json.dumps(dict(provenance), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"provenance={provenance!r} is not JSON ({error}). Use strings, finite numbers, "
+            "booleans, None, lists and dictionaries."
+        ) from error
 
 
 def _check_delta(layer: int, delta: Tensor, shape: torch.Size, model: Fingerprint | None) -> None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, SupportsFloat, SupportsIndex, cast
 
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit, NonFiniteError
@@ -24,6 +24,7 @@ from tl_laai.crossvalidation import CrossValidation
 from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.evaluation import Evaluation
 from tl_laai.hooking import Position
+from tl_laai.interventions import json_provenance
 from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.objectives import ObjectiveName
 from tl_laai.opinions import OptionExample
@@ -40,7 +41,7 @@ from tl_laai.rounds import (
     Rounds,
     check_choice,
 )
-from tl_laai.splits import cross_validation_folds
+from tl_laai.splits import cross_validation_folds, integer
 from tl_laai.tasks import Example
 
 _LOG = logging.getLogger("tl_laai")
@@ -103,19 +104,19 @@ def fit_auto(
     model: Any,
     examples: Sequence[FitExample],
     *,
-    layers: Sequence[int] | None = None,
-    alphas: Sequence[float] | None = None,
+    layers: Iterable[SupportsIndex] | None = None,
+    alphas: Iterable[SupportsFloat] | None = None,
     l1_ratio: float = 0.0,
-    max_heads: int | None = None,
-    relax_steps: Sequence[int] | None = None,
+    max_heads: SupportsIndex | None = None,
+    relax_steps: Iterable[SupportsIndex] | None = None,
     objectives: Sequence[ObjectiveName] = ("answers",),
     distillation: Distillation | None = None,
     groups: Sequence[Hashable] | None = None,
-    n_folds: int = 5,
-    seed: int = 0,
+    n_folds: SupportsIndex = 5,
+    seed: SupportsIndex = 0,
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
-    max_evaluations: int | None = None,
+    max_evaluations: SupportsIndex | None = None,
     learning_rate: float = LEARNING_RATE,
     max_memory: float = 1.0,
     provenance: dict[str, Any] | None = None,
@@ -171,20 +172,26 @@ def fit_auto(
     """
     labels = _labels(examples) if groups is None else list(groups)
     n_layers = backend_of(model).n_layers
-    candidates = list(dict.fromkeys(range(n_layers) if layers is None else layers))
-    check_choice(
-        model, examples, labels, candidates, alphas, relax_steps or (), objectives, max_heads
-    )
+    # All of these come to stand in the provenance, which is JSON and is written last.
+    numbers = range(n_layers) if layers is None else [integer("layers", n) for n in layers]
+    candidates = list(dict.fromkeys(numbers))
+    shares = None if alphas is None else [float(alpha) for alpha in alphas]
+    steps = None if relax_steps is None else [integer("relax_steps", n) for n in relax_steps]
+    max_heads = None if max_heads is None else integer("max_heads", max_heads)
+    n_folds, seed = integer("n_folds", n_folds), integer("seed", seed)
+    json_provenance(provenance or {})
+    check_choice(model, examples, labels, candidates, shares, steps or (), objectives, max_heads)
     few = max_heads if max_heads != backend_of(model).n_heads else None  # all is no limit
     tried = Rounds(
-        tuple(candidates), n_layers, alphas, relax_steps, tuple(objectives), few,
+        tuple(candidates), n_layers, shares, steps, tuple(objectives), few,
         distillation.label_share if distillation else 0.0,
     )  # fmt: skip
     folds = cross_validation_folds(labels, min(n_folds, len(set(labels))), seed)
     if max_evaluations is None:
         max_evaluations = CHOOSING_EVALUATIONS if tried.steps else PENALISED_EVALUATIONS
+    limit = integer("max_evaluations", max_evaluations)
     search = CrossValidation(
-        model, examples, folds, l1_ratio, max_evaluations, learning_rate, position, template,
+        model, examples, folds, l1_ratio, limit, learning_rate, position, template,
         max_memory, progress, distillation or Distillation(seed=seed), DISTILLED_INPUTS,
     )  # fmt: skip
     search.work = _work(tried, search)

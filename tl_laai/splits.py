@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 
 Item = TypeVar("Item")
+
+
+def integer(argument: str, value: SupportsIndex) -> int:
+    """`value` as Python's own integer, which JSON can hold: NumPy's are none.
+
+    Example:
+        >>> integer("layer", np.int64(9))  # doctest: +SKIP
+        9
+
+    Raises:
+        TypeError: a bool, or no integer.
+    """
+    if not isinstance(value, bool):  # True would be layer 1
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{argument} is {value!r}; give an integer, such as 3.")
 
 
 def check_count(argument: str, value: object) -> None:

@@ -15,10 +15,10 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 from tl_laai.backends import backend_of
 from tl_laai.batches import FitProblem, Solver
@@ -31,6 +31,7 @@ from tl_laai.models import load_model
 from tl_laai.penalties import SparseGroupLasso
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.rows import append_rows, checked, complete_rows, only_writer
+from tl_laai.splits import integer
 from tl_laai.tasks import Task, load_task
 
 UNREGULARISED_STEPS = 30
@@ -83,16 +84,16 @@ def sweep_layers(
     tasks: Sequence[str | Path | Task],
     *,
     out: str | os.PathLike[str],
-    layers: Sequence[int] | None = None,
-    seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    n_train: int = 10,
-    n_test: int = 100,
+    layers: Iterable[SupportsIndex] | None = None,
+    seeds: Iterable[SupportsIndex] = (0, 1, 2, 3, 4),
+    n_train: SupportsIndex = 10,
+    n_test: SupportsIndex = 100,
     penalty: SparseGroupLasso | None = None,
-    alpha: float | None = None,
+    alpha: SupportsFloat | None = None,
     solver: Solver | None = None,
-    max_evaluations: int | None = None,
-    learning_rate: float = 0.1,
-    tolerance: float = 1e-3,
+    max_evaluations: SupportsIndex | None = None,
+    learning_rate: SupportsFloat = 0.1,
+    tolerance: SupportsFloat = 1e-3,
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
     executor: Submits | None = None,
@@ -138,15 +139,19 @@ def sweep_layers(
             "model is a loaded model, and executor is given: workers load models by name. Give "
             "the name or path that load_model takes."
         )
-    if not tasks or not seeds or (layers is not None and not layers):
+    # Rows are JSON, which has no numbers of NumPy's.
+    given = None if layers is None else sorted({integer("layers", layer) for layer in layers})
+    n_train, n_test = integer("n_train", n_train), integer("n_test", n_test)
+    numbers = list(dict.fromkeys(integer("seeds", seed) for seed in seeds))
+    if len(tasks) == 0 or not numbers or given == []:
         raise ValueError("tasks, seeds and layers must each hold at least one entry.")
     if penalty is not None and alpha is not None:
         raise ValueError("penalty and alpha are both given: use one of them.")
     splits = _checked_tasks(tasks, n_train, n_test)
     loaded = model
-    if name is not None and (executor is None or layers is None):
+    if name is not None and (executor is None or given is None):
         loaded = load_model(name)
-    chosen = range(backend_of(loaded).n_layers) if layers is None else sorted(set(layers))
+    chosen = range(backend_of(loaded).n_layers) if given is None else given
     free = penalty is None and alpha is None
     weights = penalty or SparseGroupLasso(0.0, 0.0)
     if max_evaluations is None:
@@ -161,16 +166,16 @@ def sweep_layers(
             n_test=size,
             l1=float(weights.l1),
             group=float(weights.group),
-            alpha=alpha,
+            alpha=None if alpha is None else float(alpha),
             solver=solver or ("adam" if free else "proximal"),
-            max_evaluations=max_evaluations,
-            learning_rate=learning_rate,
-            tolerance=tolerance,
+            max_evaluations=integer("max_evaluations", max_evaluations),
+            learning_rate=float(learning_rate),
+            tolerance=float(tolerance),
             position=position,
             template=template,
         )
         for task, size in splits
-        for seed in dict.fromkeys(seeds)
+        for seed in numbers
     ]
     wanted = [(u.task.name, layer, u.seed) for u in units for layer in chosen]
     with only_writer(out):
