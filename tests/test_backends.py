@@ -11,6 +11,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from conftest import needs_hooked
 from tiny import N_CTX, SLIDING_WINDOW, tiny_bridge, tiny_model
 from torch import Tensor, nn
 
@@ -215,6 +216,21 @@ def test_inputs_split_by_head_are_refused_whenever_they_are_switched_on(
         freeze(model, oracle.random_examples([(6, 2)]))
     getattr(model, f"set_{flag}")(False)
     freeze(model, oracle.random_examples([(6, 2)]))
+
+
+@needs_hooked
+def test_ungrouped_queries_are_refused_whenever_they_are_switched_on() -> None:
+    examples = oracle.random_examples([(6, 2)])
+    model = tiny_model("hooked", "llama")
+    freeze(model, examples)
+    model.set_ungroup_grouped_query_attention(True)
+    with pytest.raises(ValueError, match=r"is True.*set_ungroup_grouped_query_attention\(False\)"):
+        freeze(model, examples)
+    model.set_ungroup_grouped_query_attention(False)
+    freeze(model, examples)
+    plain = tiny_model("hooked", "gpt2")  # has no groups
+    plain.set_ungroup_grouped_query_attention(True)
+    freeze(plain, examples)
 
 
 def test_results_split_by_head_change_nothing(backend: str) -> None:

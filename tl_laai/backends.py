@@ -38,6 +38,13 @@ def backend_of(model: Any) -> Backend:
                 f"model.cfg.{flag} is True: the engine packs tokens and cannot split a block's "
                 f"input by head. Set it to False (model.set_{flag}(False)) and fit again."
             )
+    flag = "ungroup_grouped_query_attention"
+    # Without grouped queries it changes nothing.
+    if getattr(model.cfg, flag, False) and getattr(model.cfg, "n_key_value_heads", None):
+        raise ValueError(
+            f"model.cfg.{flag} is True: the engine keeps each group's keys once and cannot repeat "
+            f"them by head. Set it to False (model.set_{flag}(False)) and fit again."
+        )
     known = _BACKENDS.get(model)
     if known is None or (known.dtype, known.device) != kind_of_weights(model):
         known = _BACKENDS[model] = kind(model)
