@@ -309,3 +309,6 @@ def test_lambda_max_of_no_penalty_or_of_a_broken_gradient_is_refused() -> None:
         SparseGroupLasso(0.0, 0.0).lambda_max(torch.ones(2, 3))
     with pytest.raises(ValueError, match="gradient holds NaN or infinity"):
         SparseGroupLasso(0.0, 1.0).lambda_max(torch.full((2, 3), math.nan))
+    for extreme in (SparseGroupLasso(1.0, 1e-320), SparseGroupLasso(1e300, 1e-10)):
+        with pytest.raises(ValueError, match=r"l1 to group, which is too large.*group=0\.0"):
+            extreme.lambda_max(torch.ones(2, 3))

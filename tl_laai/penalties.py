@@ -202,8 +202,8 @@ class SparseGroupLasso:
 
         Raises:
             TypeError: `gradient` is not a floating-point tensor.
-            ValueError: Both weights are zero (no weight keeps a head at zero), the gradient is not
-                finite, or shapes differ.
+            ValueError: Both weights are zero (no weight keeps a head at zero), l1 is so much larger
+                that their ratio overflows, the gradient is not finite, or shapes differ.
         """
         _check_delta("gradient", gradient)
         if not bool(gradient.isfinite().all()):
@@ -217,6 +217,11 @@ class SparseGroupLasso:
         size = gradient.double().abs()
         largest = size.amax(dim=-1)
         ratio = torch.where(group > 0, l1 / group, torch.zeros_like(l1))
+        if not bool(ratio.isfinite().all()):
+            raise ValueError(
+                f"head_thresholds needs the ratio of l1 to group, which is too large for a number "
+                f"in {self}; give a larger group weight, or group=0.0 for the l1 penalty alone."
+            )
         # ||soft(g_h, a * lambda)|| - lambda is convex and falls with slope <= -1, so that Newton's
         # steps from the left of its root climb to it and never pass it. With the largest entry
         # alone the root would be largest / (1 + a): no larger than the true one.
