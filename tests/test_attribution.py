@@ -230,3 +230,15 @@ def test_another_models_intervention_is_refused(backend: str, windowed: Any) -> 
     foreign = Intervention(dict(intervention_of(backend).deltas), "prompt_end", fingerprint(other))
     with pytest.raises(ValueError, match="different weights"):
         ablate_heads(windowed, foreign, EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_modes_change_no_attribution(backend: str, mode: Any) -> None:
+    model = tiny_model(backend, "llama", dtype=torch.float32)
+    with mode():
+        found = attribute(model, EXAMPLES)
+    plain = attribute(model, EXAMPLES)
+    assert torch.equal(found.values, plain.values)
+    assert found.loss == plain.loss

@@ -16,6 +16,7 @@ from conftest import every_position, exact_products, needs_hooked
 from tiny import tiny_model
 
 from tl_laai.batches import Fit, FitProblem
+from tl_laai.distillation import Distillation
 from tl_laai.engine import Engine
 from tl_laai.fingerprints import fingerprint
 from tl_laai.fitting import fit, fit_many
@@ -444,3 +445,21 @@ def test_what_an_intervention_cannot_hold_is_refused_before_the_fit(
 
     with pytest.raises(TypeError, match=message):
         fit(any_model, EXAMPLES, **({"layer": 1, "callback": callback} | options))
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad]
+)
+@pytest.mark.parametrize("objective", ["answers", "distill"])
+def test_the_callers_modes_change_nothing(backend: str, mode: Any, objective: Any) -> None:
+    model = tiny_model(backend, "llama", dtype=torch.float32)
+    options: dict[str, Any] = {"layer": 1, "alpha": 0.2, "objective": objective}
+    if objective == "distill":
+        options["distillation"] = Distillation(inputs=("kl", "m"))
+    for solver in ("proximal", "adam"):
+        with mode():
+            found = fit(model, EXAMPLES, solver=solver, max_evaluations=4, **options)
+        plain = fit(model, EXAMPLES, solver=solver, max_evaluations=4, **options)
+        assert found.intervention == plain.intervention
+        assert found.solution.history == plain.solution.history
+        assert not delta_of(found).is_inference()

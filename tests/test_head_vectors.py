@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from methods_on_tiny import EXAMPLES, heads, tokens
+from tiny import tiny_model
 from torch import Tensor
 
 from tl_laai.controls import shuffled_answers
@@ -159,6 +160,21 @@ def test_learnt_offsets_are_those_of_plain_adam_over_full_forwards(
         assert set(edit.deltas) == used
         for layer in used:
             torch.testing.assert_close(edit.deltas[layer], expected[layer], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_modes_change_no_learnt_offset(backend: str, mode: Any) -> None:
+    model, setting = (
+        tiny_model(backend, "llama", dtype=torch.float32),
+        Setting(n_heads=3, learning_rate=0.1),
+    )
+    with mode():
+        [found] = LearntHeads(steps=2).candidates(model, EXAMPLES, [setting]).values()
+    [plain] = LearntHeads(steps=2).candidates(model, EXAMPLES, [setting]).values()
+    assert found.deltas.keys() == plain.deltas.keys()
+    assert all(torch.equal(found.deltas[layer], own) for layer, own in plain.deltas.items())
 
 
 def test_grids_keep_to_the_heads_that_there_are(model: Any) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -296,6 +296,20 @@ def kind_of_weights(model: Any) -> tuple[torch.dtype, torch.device]:
     """The dtype and device of a model, by its first parameter."""
     parameter = next(model.parameters())
     return parameter.dtype, parameter.device
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Gradients on, inference mode and autocast off, whatever the caller has switched on.
+
+    No gradient passes through tensors that were made in inference mode, and autocast would round
+    what is computed in the model's own dtype.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_laai.backends import own_modes
 from tl_laai.hooking import Position
 from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
 from tl_laai.vocabulary import cross_entropy
@@ -112,6 +113,7 @@ def losses_under(
     return losses.new_zeros(n_problems).index_add(0, problem[counted], losses * weight)
 
 
+@own_modes()
 def gradient_at_zero(
     prompts: FrozenPrompts,
 ) -> tuple[float, Float[Tensor, "n_layers n_heads d_head"]]:
@@ -123,9 +125,8 @@ def gradient_at_zero(
         device=backend.device,
         requires_grad=True,
     )
-    with torch.enable_grad():
-        loss = losses_under(prompts, dict(enumerate(deltas))).sum()
-        (gradient,) = torch.autograd.grad(loss, deltas)
+    loss = losses_under(prompts, dict(enumerate(deltas))).sum()
+    (gradient,) = torch.autograd.grad(loss, deltas)
     return float(loss.detach()), gradient[:, 0]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from tl_laai.abstract_backend import Backend, kind_of_weights, rank_within
+from tl_laai.abstract_backend import Backend, kind_of_weights, own_modes, rank_within
 from tl_laai.bridge_backend import BridgeBackend
 from tl_laai.hooked_backend import HookedBackend
 
-__all__ = ["Backend", "backend_of", "rank_within"]
+__all__ = ["Backend", "backend_of", "own_modes", "rank_within"]
 
 _BACKENDS: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.artifacts import library_versions
+from tl_laai.backends import own_modes
 from tl_laai.engine import Engine
 from tl_laai.fingerprints import fingerprint
 from tl_laai.hooking import Position
@@ -107,6 +108,7 @@ class FitBatch:
         max_memory: as in `engine_for`.
     """
 
+    @own_modes()
     def __init__(
         self,
         model: Any,
@@ -138,6 +140,7 @@ class FitBatch:
         self.penalty, self.lambda_max = _penalties(self.engine, problems, self.zero, self.everyone)
         self._settings: dict[str, Any] = {}
 
+    @own_modes()
     def solve(
         self,
         *,
@@ -199,6 +202,7 @@ class FitBatch:
         self._check_finite(solutions)
         return solutions
 
+    @own_modes()
     def relaxed(
         self,
         *,
@@ -270,6 +274,7 @@ class FitBatch:
             if solution.status is Status.NON_FINITE and solution.n_evaluations == 1:
                 raise NonFiniteError(_NON_FINITE.format(problem.layer))
 
+    @own_modes()
     def fits(
         self, solutions: Sequence[Solution], penalty: SparseGroupLasso | None = None
     ) -> tuple[Fit, ...]:

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_laai.backends import own_modes
 from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
 from tl_laai.distributions import Distributions, mean_distribution
 from tl_laai.evaluation import Evaluation, answer_rows
@@ -184,6 +185,7 @@ def weighed(
     )
 
 
+@own_modes()
 def teach(
     model: Any,
     inputs: Sequence[str],

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_laai.attention import room_for_keys
-from tl_laai.backends import Backend
+from tl_laai.backends import Backend, own_modes
 from tl_laai.hooking import Position
 from tl_laai.objectives import AnswerCrossEntropy, Objective
 from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
@@ -43,6 +43,7 @@ class Engine:
         >>> loss, gradient = engine.value_and_grad(delta[None], torch.tensor([0]))  # doctest: +SKIP
     """
 
+    @own_modes()
     def __init__(
         self,
         prompts: FrozenPrompts,
@@ -121,6 +122,7 @@ class Engine:
             self._plans[key] = [_Plan(self, key, chunk) for chunk in self._chunks(key)]
         return self._plans[key]
 
+    @own_modes()
     def losses(
         self,
         deltas: Float[Tensor, "n_active n_heads d_head"],
@@ -150,6 +152,7 @@ class Engine:
         losses, terms = self.value_and_terms(deltas, problems)
         return losses, torch.stack([own.sum(dim=0) for own in terms])
 
+    @own_modes()
     def value_and_terms(
         self,
         deltas: Float[Tensor, "n_active n_heads d_head"],
@@ -168,9 +171,8 @@ class Engine:
         total, gradient = deltas.new_zeros(len(copies)), torch.zeros_like(copies)
         for plan in self.plans(listed):
             leaf = copies.detach().requires_grad_()
-            with torch.enable_grad():
-                loss = plan.loss(leaf, plan.term)
-                gradient += torch.autograd.grad(loss.sum(), leaf)[0]
+            loss = plan.loss(leaf, plan.term)
+            gradient += torch.autograd.grad(loss.sum(), leaf)[0]
             total += loss.detach()
         return self._of_problems(total, listed), list(gradient.split(n_terms))
 

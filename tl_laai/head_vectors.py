@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.activations import gradient_at_zero, losses_under
+from tl_laai.backends import own_modes
 from tl_laai.decoding import Edit
 from tl_laai.hooking import Position
 from tl_laai.methods import Method, Setting, given, possible_heads, read_answers
@@ -171,6 +172,7 @@ class LearntHeads(Method):
             for rate in self.learning_rates
         )
 
+    @own_modes()
     def _edits(
         self,
         model: Any,
@@ -189,11 +191,10 @@ class LearntHeads(Method):
 
         def value_and_grad(steps: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
             leaf = (steps * unit[problems]).detach().requires_grad_()
-            with torch.enable_grad():
-                offsets = leaf.unflatten(1, at_zero.shape[:2])
-                deltas = {layer: offsets[:, layer] for layer in layers}
-                losses = losses_under(prompts, deltas, position=self.position)
-                (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+            offsets = leaf.unflatten(1, at_zero.shape[:2])
+            deltas = {layer: offsets[:, layer] for layer in layers}
+            losses = losses_under(prompts, deltas, position=self.position)
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
             return losses.detach(), gradient * chosen[problems]
 
         start = at_zero.new_zeros(len(settings), *at_zero.flatten(0, 1).shape)

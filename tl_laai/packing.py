@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_laai.attention import attend, least_steps, visible
-from tl_laai.backends import Backend, rank_within
+from tl_laai.backends import Backend, own_modes, rank_within
 from tl_laai.prompts import TokenisedExample
 
 _NEVER = 1 << 30
@@ -59,6 +59,7 @@ class FrozenPrompts:
     prompt_ends: Int[Tensor, " n_examples"]
     residuals: dict[int, Tensor] = field(default_factory=dict)
 
+    @own_modes()
     def enter_at(self, layers: Sequence[int]) -> None:
         """Compute and keep the suffix residuals before each of `layers`."""
         missing = sorted(set(layers) - self.residuals.keys())

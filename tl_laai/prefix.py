@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from tl_laai.attention import room_for_keys
-from tl_laai.backends import Backend, backend_of
+from tl_laai.backends import Backend, backend_of, own_modes
 from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
 from tl_laai.prompts import TokenisedExample
 
 _PREFILL_TOKENS = 2048
 
 
+@own_modes()
 def freeze(
     model: Any, examples: Sequence[TokenisedExample], *, share_prefix: bool = False
 ) -> FrozenPrompts:

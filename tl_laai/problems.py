@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from tl_laai.backends import backend_of
+from tl_laai.backends import backend_of, own_modes
 from tl_laai.distributions import Distributions
 from tl_laai.engine import Engine, memory_estimate
 from tl_laai.hooking import Position
@@ -36,6 +36,7 @@ FitExample: TypeAlias = Example | TaughtExample | OptionExample
 _LOG = logging.getLogger("tl_laai")
 
 
+@own_modes()
 def engine_for(
     model: Any,
     examples: Sequence[Sequence[FitExample]],
