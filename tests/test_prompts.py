@@ -21,6 +21,7 @@ from tl_laai.prompts import (
     TokenisedExample,
     TokenisingModel,
     decoded_answer,
+    end_tokens,
     sample_demonstrations,
     tokenise,
     tokenise_prompts,
@@ -124,20 +125,32 @@ def test_prompt_and_answer_are_the_joint_tokens_where_the_prompt_is_their_prefix
     assert model.read(one.answer) == " Nairobi\n"
 
 
+class LeadingSpace(StubModel):
+    """As SentencePiece does, puts a space before a text that has none."""
+
+    def to_tokens(
+        self, input: str, prepend_bos: bool | None = None, truncate: bool = True
+    ) -> torch.Tensor:
+        return super().to_tokens(" " + input, prepend_bos, truncate)
+
+
 def test_the_answer_keeps_merges_that_only_its_place_after_the_prompt_allows() -> None:
     """Tokenised alone, an answer may come out otherwise than behind its prompt."""
-
-    class LeadingSpace(StubModel):
-        """As SentencePiece does, puts a space before a text that has none."""
-
-        def to_tokens(
-            self, input: str, prepend_bos: bool | None = None, truncate: bool = True
-        ) -> torch.Tensor:
-            return super().to_tokens(" " + input, prepend_bos, truncate)
 
     model = LeadingSpace()
     [one] = tokenise(model, [KENYA], template=PromptTemplate(answer_prefix="", answer_end=""))
     assert model.read(one.answer) == "Nairobi"
+
+
+def test_an_answer_ends_as_its_text_goes_on_and_not_as_a_text_of_its_own() -> None:
+    model = LeadingSpace()
+    [labelled] = tokenise(model, [KENYA])
+    found = end_tokens(model, "Nairobi", "\n")
+    assert found == labelled.answer[-1:]
+    assert model.read(found) == "\n"
+    assert end_tokens(model, "Nairobi", "") == ()
+    merging = StubModel(merges=(("i", "Ċ"),))  # the answer's own tokens stand
+    assert merging.read(end_tokens(merging, "Nairobi", "\n")) == "\n"
 
 
 def test_a_merge_across_the_seam_leaves_the_prompt_as_it_is_on_its_own() -> None:

@@ -37,7 +37,7 @@ from tl_laai.prompts import (
     PromptTemplate,
     TaughtExample,
     TokenisedExample,
-    answer_tokens,
+    end_tokens,
     tokenise,
     tokenise_prompts,
 )
@@ -218,9 +218,14 @@ def teach(
     asked = [_asked(model, inputs, order, template) for order in orders]
     first = freeze(model, asked[0], share_prefix=True)
     (answers,) = decode(first, [Edit()], max_new_tokens=longest)
-    end = answer_tokens(model, template.answer_end)
+    read = model.tokenizer.decode
     # An answer cut off at the longest length did not end, so no end is taught there.
-    whole = [answer if len(answer) == longest else (*answer, *end) for answer in answers]
+    whole = [
+        answer
+        if len(answer) == longest
+        else (*answer, *end_tokens(model, read(list(answer)), template.answer_end))
+        for answer in answers
+    ]
     kept = [i for i, answer in enumerate(answers) if answer]
     if not kept:
         return ()

@@ -173,9 +173,13 @@ def tokenise_prompts(model: TokenisingModel, prompts: Sequence[str]) -> tuple[tu
     return tuple(_prompt_tokens(model, prompt) for prompt in prompts)
 
 
-def answer_tokens(model: TokenisingModel, text: str) -> tuple[int, ...]:
-    """The tokens of text that goes on with an answer, whose own tokens stand."""
-    return _ids(model, text, prepend_bos=False) if text else ()
+def end_tokens(model: TokenisingModel, answer: str, end: str) -> tuple[int, ...]:
+    """The tokens of the text that ends an answer, as they come behind it."""
+    if not end:
+        return ()
+    own, joint = (_ids(model, text, prepend_bos=False) for text in (answer, answer + end))
+    # A text of its own may get a token in front (Llama 2: a space) that no answer is followed by.
+    return joint[len(own) :] if joint[: len(own)] == own else _ids(model, end, prepend_bos=False)
 
 
 def tokenise_options(
