@@ -134,11 +134,9 @@ def evaluate(
         results = compare(loaded, intervention, data, template=template, few_shot=few_shot)
     if json:
         shown = {name: results[name].to_dict() for name in results}
-        display.show_json(
-            {"zero_shot": None, "few_shot": None, "intervened": None}
-            | shown
-            | {"n_seen_unlabelled": data.n_seen_unlabelled}
-        )
+        if data.n_seen_unlabelled:
+            shown["intervened"]["n_seen_unlabelled"] = data.n_seen_unlabelled
+        display.show_json({"zero_shot": None, "few_shot": None, "intervened": None} | shown)
     else:
         display.show_results(data.task.name, results, n_shown=len(data.train))
 
