@@ -50,6 +50,7 @@ def test_json_lines_are_read_by_group(tmp_path: Path) -> None:
         ('{"question": ', "truncated, or not JSON"),
         ([1], r"expected an object with \['distribution', 'group', 'options', 'question'\]"),
         ({"question": "Tea?"}, "expected an object"),
+        ({**ROW, "group": None}, "expected an object"),
         ({**ROW, "distribution": [0.5, 0.6]}, "must sum to 1"),
         ({**ROW, "distribution": [0.5, "x"]}, "numbers of 0 or more, got 'x'"),
         ({**ROW, "distribution": [0.5, None]}, "numbers of 0 or more, got None"),
@@ -99,6 +100,23 @@ def write_wave(
         with (folder / name).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(rows)
     return folder
+
+
+def test_an_answer_that_is_no_option_is_refused_and_spaces_around_one_are_not(
+    tmp_path: Path,
+) -> None:
+    spaced = [*ANSWERS[:2], ("2", " No ", "nan", "Republican", "1", "9"), *ANSWERS[3:]]
+    chosen = {"attribute": "POLPARTY", "group": "Republican"}
+    [question] = OpinionTask.from_opinionqa(
+        write_wave(tmp_path, answers=spaced), **chosen
+    ).questions
+    assert question.distribution == (0.0, 0.4, 0.6)
+    (tmp_path / "other").mkdir()
+    wrong = [*ANSWERS[:2], ("2", "no", "", "Republican", "1", "9"), *ANSWERS[3:]]
+    folder = write_wave(tmp_path / "other", answers=wrong)
+    message = r"responses\.csv, line 3: SAFE_W9 is 'no', which is no answer .*'No', 'Refused'"
+    with pytest.raises(ValueError, match=message):
+        OpinionTask.from_opinionqa(folder, **chosen)
 
 
 def test_a_wave_of_opinionqa_is_weighted_in_the_order_of_its_scale(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ _REFUSAL = re.compile(
     re.I,
 )
 
+# Cells of those who were not asked.
+_NO_ANSWER = {"", "nan", "NaN"}
+
 _Made = TypeVar("_Made")
 _COLUMNS = {"question", "options", "group", "distribution"}
 
@@ -42,7 +45,7 @@ def read_jsonl(path: Path, group: str | None) -> tuple[str, tuple[OpinionQuestio
     """One group of a JSON Lines file, and which it was."""
     questions: dict[str, list[OpinionQuestion]] = {}
     for where, row in _json_lines(path):
-        if not isinstance(row, Mapping) or not row.keys() >= _COLUMNS:
+        if not isinstance(row, Mapping) or not row.keys() >= _COLUMNS or row["group"] is None:
             raise ValueError(
                 f"{where}: expected an object with {sorted(_COLUMNS)}, got {row!r:.80}"
             )
@@ -69,6 +72,7 @@ def read_opinionqa(
     """One group of a wave of OpinionQA."""
     info = list(_csv_rows(folder / "info.csv", ("key", "question", "references")))
     scales = {row["key"]: _scale(where, row) for where, row in info}
+    answers = {row["key"]: {*_references(where, row), *_NO_ANSWER} for where, row in info}
     counts: dict[str, dict[str, float]] = {key: defaultdict(float) for key in scales}
     seen: dict[str, None] = {}
     for where, row in _csv_rows(folder / "responses.csv", (attribute,)):
@@ -77,7 +81,14 @@ def read_opinionqa(
             column = weight or _weight_column(where, list(row), folder.name)
             heavy = _number(where, row.get(column), column)
             for key in counts.keys() & row.keys():
-                counts[key][row[key]] += heavy
+                answer = row[key].strip()
+                if answer not in answers[key]:
+                    allowed = sorted(answers[key] - _NO_ANSWER)
+                    raise ValueError(
+                        f"{where}: {key} is {row[key]!r}, which is no answer of info.csv: use one "
+                        f"of {allowed!r:.300}, or leave the cell empty"
+                    )
+                counts[key][answer] += heavy
     if group not in seen:
         known = sorted(value for value in seen if value)
         raise ValueError(f"group must be one of {known} of {attribute}, got {group!r}")
@@ -197,14 +208,21 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
             yield where, row
 
 
+def _references(where: str, row: Mapping[str, str]) -> list[str]:
+    """All answers to a question, refusals behind the options."""
+    return [
+        str(answer).strip() for answer in _literal(where, "references", row["references"], list)
+    ]
+
+
 def _scale(where: str, row: Mapping[str, str]) -> list[str]:
     """The options of a question in the order of their scale, refusals left out."""
-    options = _literal(where, "references", row["references"], list)
+    options = _references(where, row)
     places = _literal(where, "option_ordinal", row.get("option_ordinal", ""), list)
     if len(places) > len(options):
         raise ValueError(f"{where}: {len(places)} places in option_ordinal for {options!r:.80}")
     numbers = [_number(where, place, "option_ordinal") for place in places]
-    return [str(options[i]) for i in sorted(range(len(places)), key=numbers.__getitem__)]
+    return [options[i] for i in sorted(range(len(places)), key=numbers.__getitem__)]
 
 
 def _weight_column(where: str, columns: Sequence[str], folder: str) -> str:
