@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tl_laai import artifacts
-from tl_laai.artifacts import CONFIG_FILE, TENSORS_FILE
+from tl_laai.artifacts import CONFIG_FILE, TENSORS_FILE, find_artifact, save_artifact
 from tl_laai.fingerprints import fingerprint
 from tl_laai.interventions import Intervention
 
@@ -229,3 +229,17 @@ def test_pushing_uploads_the_files_and_a_card_in_one_commit(
     assert card.startswith("---\nlibrary_name: tl_laai\n")
     for words in ("`tiny-gpt2`", "prompt_end", '"task": "capital"', "me/capital", "| 1 | 0 | "):
         assert words in card
+
+
+def test_a_tilde_is_the_home_folder_and_no_path_at_all_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    folder = save_artifact("~/saved", {"a": torch.ones(1)}, {})
+    assert folder == find_artifact("~/saved") == tmp_path / "home" / "saved"
+    with pytest.raises(ValueError, match="folder is empty"):
+        save_artifact("", {"a": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match="'' is neither a folder nor a Hub name"):
+        find_artifact("")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]

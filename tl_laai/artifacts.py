@@ -69,7 +69,9 @@ def save_artifact(
     Raises:
         ValueError: the path is a file.
     """
-    folder = Path(folder)
+    if not str(folder):
+        raise ValueError("folder is empty: give the path of a folder, or '.' for this one.")
+    folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file: give the path of a folder.")
     contents = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
@@ -170,10 +172,10 @@ def find_artifact(folder_or_hub_id: str | Path, *, revision: str | None = None) 
     Raises:
         ValueError: neither a folder nor a Hub repository that can be reached.
     """
-    folder = Path(folder_or_hub_id)
-    if folder.is_dir():
-        return folder
     name = str(folder_or_hub_id)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
     if folder.exists() or not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise ValueError(f"{name!r} is neither a folder nor a Hub name (owner/name).")
     from huggingface_hub import snapshot_download  # only here: local use needs no network library
