@@ -151,3 +151,8 @@ def test_settings_out_of_range_are_refused(model: Any) -> None:
         fit(model, SHOWN, layer=0, distillation=Distillation())
     with pytest.raises(ValueError, match="objective is 'teach'"):
         fit(model, SHOWN, layer=0, objective="teach")  # type: ignore[arg-type]  # on purpose
+
+
+def test_one_text_for_inputs_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"inputs is 'Kenya'; give several, or \('Kenya',\)"):
+        Distillation(inputs="Kenya")  # type: ignore[arg-type]  # the wrong type is the point

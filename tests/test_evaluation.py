@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -198,6 +199,13 @@ def test_an_intervention_of_another_shape_is_always_refused(model: Any, strict: 
     for intervention in (wide, high):
         with pytest.raises(ValueError, match="cannot be applied to this model"):
             evaluate(model, EXAMPLES, intervention=intervention, strict=strict)
+
+
+def test_a_fit_for_an_intervention_is_refused_with_what_to_give(model: Any) -> None:
+    fit: Any = SimpleNamespace(intervention=Intervention({0: torch.ones(1, 1)}))
+    message = r"is a SimpleNamespace; expected an Intervention\. Give its \.intervention\."
+    with pytest.raises(TypeError, match=message):
+        evaluate(model, EXAMPLES, intervention=fit)
 
 
 def test_prompts_longer_than_the_context_are_refused(model: Any) -> None:

@@ -66,6 +66,8 @@ class Distillation:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.inputs, str):
+            raise TypeError(f"inputs is {self.inputs!r}; give several, or ({self.inputs!r},)")
         for name in ("n_inputs", "n_teachers", "seed"):
             check_count(name, getattr(self, name))
         if not 0 <= self.label_share < 1:

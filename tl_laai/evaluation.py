@@ -196,5 +196,9 @@ def answer_rows(
 
 def as_edit(model: Any, intervention: Intervention, *, strict: bool = True) -> Edit:
     """The edit that an intervention makes, refused where it was fitted on another model."""
+    if not isinstance(intervention, Intervention):
+        kind = type(intervention).__name__
+        has = " Give its .intervention." if hasattr(intervention, "intervention") else ""
+        raise TypeError(f"intervention is a {kind}; expected an Intervention.{has}")
     intervention.check_model(model, strict=strict)
     return Edit(dict(intervention.deltas), intervention.position)
