@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import logging
 import math
 import re
 from collections import defaultdict
@@ -33,6 +34,8 @@ _REFUSAL = re.compile(
     r"|missing|not asked)(\W+or)?\W*)+",
     re.I,
 )
+
+_LOG = logging.getLogger("tl_laai")
 
 # Cells of those who were not asked.
 _NO_ANSWER = {"", "nan", "NaN"}
@@ -75,6 +78,7 @@ def read_opinionqa(
     answers = {row["key"]: {*_references(where, row), *_NO_ANSWER} for where, row in info}
     counts: dict[str, dict[str, float]] = {key: defaultdict(float) for key in scales}
     seen: dict[str, None] = {}
+    unknown: list[str] = []
     for where, row in _csv_rows(folder / "responses.csv", (attribute,)):
         seen[row[attribute]] = None
         if row[attribute] == group:
@@ -83,15 +87,17 @@ def read_opinionqa(
             for key in counts.keys() & row.keys():
                 answer = row[key].strip()
                 if answer not in answers[key]:
-                    allowed = sorted(answers[key] - _NO_ANSWER)
-                    raise ValueError(
-                        f"{where}: {key} is {row[key]!r}, which is no answer of info.csv: use one "
-                        f"of {allowed!r:.300}, or leave the cell empty"
-                    )
+                    unknown.append(f"{where}: {key} is {row[key]!r}")
                 counts[key][answer] += heavy
     if group not in seen:
         known = sorted(value for value in seen if value)
         raise ValueError(f"group must be one of {known} of {attribute}, got {group!r}")
+    if unknown:
+        _LOG.warning(
+            "%d answers are left out, which info.csv does not know; first %s",
+            len(unknown),
+            unknown[0],
+        )
     questions = []
     for where, row in info:
         key = row["key"]
