@@ -14,7 +14,7 @@ how many were (`n_test_made_up`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -40,12 +40,6 @@ from tl_laai.rows import read_rows
 
 SEEDS = (0, 1, 2, 3, 4)
 HALF_ALPHAS = (0.9, 0.7, 0.6, 0.5)  # a smaller search than fit_auto's
-READ_OFF = (
-    "function-vector",
-    "in-context-vector",
-    "mean-difference",
-    "inference-time-intervention",
-)
 NAME = "table_rules"
 
 
@@ -193,11 +187,11 @@ def vectors(model: Any, data: Any, seed: int) -> list[Row]:
     ]
 
 
-def begun(names: Sequence[str], model: Any, data: Any, seed: int) -> list[Row]:
-    """Other interventions asked for less: that an answer begins right, wherever it ends.
+def begun(model: Any, data: Any, seed: int) -> list[Row]:
+    """The task vector asked for less: that its answer begins right, wherever it ends.
 
     Fits, learnt heads and fine-tuning are taught the line break that ends an answer; what is read
-    off activations is not. These are tuned without the line break here.
+    off activations is not. It is tuned without the line break here.
     """
     from dataclasses import replace
 
@@ -207,14 +201,11 @@ def begun(names: Sequence[str], model: Any, data: Any, seed: int) -> list[Row]:
     from tl_laai.prompts import DEFAULT_TEMPLATE
 
     endless = replace(DEFAULT_TEMPLATE, answer_end="")
-    rows = []
-    for name in names:
-        tuned = tune(model, data.train, METHODS[name], seed=seed, template=endless)
-        score = evaluate_edits(model, data.test, {name: tuned.edit})[name]
-        correct = [int(begins_with(row.prediction, row.target)) for row in score.rows]
-        row = answer_row(f"{name}, begins right", score, str(tuned.setting))
-        rows.append(row | {"exact_match": score.begins_right, "correct": correct})
-    return rows
+    tuned = tune(model, data.train, METHODS["task-vector"], seed=seed, template=endless)
+    score = evaluate_edits(model, data.test, {"it": tuned.edit})["it"]
+    correct = [int(begins_with(row.prediction, row.target)) for row in score.rows]
+    row = answer_row("task-vector, begins right", score, str(tuned.setting))
+    return [row | {"exact_match": score.begins_right, "correct": correct}]
 
 
 GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
@@ -223,8 +214,7 @@ GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "distilled": distilled,
     "distilled half": distilled_half,
     "vectors": vectors,
-    "begun": partial(begun, ("task-vector",)),
-    "others begun": partial(begun, READ_OFF),
+    "begun": begun,
     "finetuning": finetuning,
 }
 
