@@ -136,7 +136,8 @@ def show(rows: list[Row], measure: str) -> None:
     for method, own in found.items():
         cells = [_interval(own.get(group, []), None, measure) for group in groups]
         n_seeds = len({row["seed"] for these in own.values() for row in these})
-        outside = [row["outside"] for these in own.values() for row in these if row["outside"]]
+        # Floors name letters alone, to rounding.
+        outside = [row["outside"] for these in own.values() for row in these]
         lines.append([method, str(n_seeds), *map(_plain, cells), _share(outside)])
     print(markdown([f"{measure}, held out", "seeds", *groups, "outside"], lines))
     print(
@@ -178,7 +179,7 @@ def _plain(found: PairedDifference | None) -> str:
 
 
 def _share(outside: list[float]) -> str:
-    return f"{np.mean(outside):.2f}" if outside else "-"
+    return f"{np.mean(outside):.2f}" if max(outside) > 1e-6 else "-"
 
 
 def _signed(found: PairedDifference | None) -> str:
