@@ -414,7 +414,7 @@ def test_the_demo_fits_compares_shows_and_saves(
         assert part in text.lower() or part in text
     saved = Intervention.from_pretrained(tmp_path / "demo")
     assert saved.provenance["split"]["train"] == 10
-    assert len(json.loads(done("evaluate", tmp_path / "demo", "--json").stdout)) == 4
+    assert len(json.loads(done("evaluate", tmp_path / "demo", "--json").stdout)) == 3
 
 
 # ---------------------------------------------------------------------------------- bad usage
