@@ -78,6 +78,7 @@ LEVELS = {
     "fitting": 8,
     "head_vectors": 8,
     "lessons": 8,
+    "opinion_recipes": 8,
     "paths": 8,
     "vectors": 8,
     "baselines": 9,

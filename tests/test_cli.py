@@ -634,4 +634,12 @@ def test_rows_that_could_not_be_written_are_refused_before_a_model_is_loaded(
     for command in ("attribute", "baselines"):
         words = (command, "--model", "none", "--task", "upper.json", "--train", 4)
         assert "is a folder" in refused(laai(*words, "--out", tmp_path), 2)
+    result = laai("sweep", "--model", "model", "--task", "upper.json", "--out", tmp_path)
+    assert "is a folder" in refused(result, 2)
+    assert "Loading" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"kind": "sweep"}\n', encoding="utf-8")
+    for command in ("attribute", "baselines"):
+        words = (command, "--model", "none", "--task", "upper.json", "--train", 4)
+        assert "rows of other kinds: sweep" in refused(laai(*words, "--out", rows), 2)

@@ -13,6 +13,8 @@ from tl_laai.distributions import Distributions, mean_distribution
 from tl_laai.objectives import OptionKL, VocabularyKL
 from tl_laai.vocabulary import Unembedding
 
+OPTIONS = torch.tensor([[3, 9, 1], [4, 8, -1]])
+SHARES = torch.tensor([[0.5, 0.0, 0.5], [0.9, 0.1, 0.0]], dtype=torch.float64)
 CAPS = pytest.mark.parametrize("cap", [None, 3.0])
 
 
@@ -107,23 +109,54 @@ def test_capped_averages_over_different_numbers_of_teachers_are_refused_together
         Distributions.cat(parts)
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
+@CAPS
 def test_kl_over_options_equals_torchs_over_their_softmax(cap: float | None) -> None:
     hidden, weight, _, bias = draw(2, 17, 4)
     head = Unembedding(weight, bias, cap)
-    options = torch.tensor([[3, 9, 1], [4, 8, -1]])
-    shares = torch.tensor([[0.5, 0.0, 0.5], [0.9, 0.1, 0.0]], dtype=torch.float64)
-    objective = OptionKL(torch.tensor([1, -1, 0]), options, shares)
+    none = torch.zeros(2, dtype=torch.float64)
+    objective = OptionKL(torch.tensor([1, -1, 0]), OPTIONS, SHARES, none)
     assert objective.counted().tolist() == [True, False, True]
     got = objective.losses(hidden.requires_grad_(), torch.tensor([2, 0]), head)
     logits = slow_logits(hidden, weight, bias, cap)
     expected = torch.stack(
         [
-            F.kl_div(logits[0, [3, 9, 1]].log_softmax(0), shares[0], reduction="sum"),
-            F.kl_div(logits[1, [4, 8]].log_softmax(0), shares[1, :2], reduction="sum"),
+            F.kl_div(logits[0, [3, 9, 1]].log_softmax(0), SHARES[0], reduction="sum"),
+            F.kl_div(logits[1, [4, 8]].log_softmax(0), SHARES[1, :2], reduction="sum"),
         ]
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda at: objective.losses(at, torch.tensor([2, 0]), head), hidden
-    )
+
+
+@CAPS
+def test_kl_over_options_with_a_weight_counts_what_no_option_gets(cap: float | None) -> None:
+    hidden, weight, _, bias = draw(2, 17, 4)
+    head = Unembedding(weight, bias, cap)
+    whole, half = (torch.full((2,), w, dtype=torch.float64) for w in (1.0, 0.5))
+    tokens = torch.tensor([2, 0])
+    shares = torch.zeros(2, 17, dtype=torch.float64)
+    shares[0, [3, 9, 1]], shares[1, [4, 8]] = SHARES[0], SHARES[1, :2]
+    log_p = slow_logits(hidden, weight, bias, cap).log_softmax(-1)
+    over_all = F.kl_div(log_p, shares, reduction="none").sum(-1)
+    inside = torch.stack([log_p[0, [3, 9, 1]].logsumexp(0), log_p[1, [4, 8]].logsumexp(0)])
+    for weights, expected in ((whole, over_all), (half, over_all + inside / 2)):
+        objective = OptionKL(torch.tensor([1, -1, 0]), OPTIONS, SHARES, weights)
+        got = objective.losses(hidden, tokens, head)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        leaf = hidden.clone().requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda at, objective=objective: objective.losses(at, tokens, head), leaf
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kl_over_options_of_half_precision_is_that_of_the_same_numbers(dtype: torch.dtype) -> None:
+    hidden, weight, _, bias = draw(2, 17, 4)
+    hidden, weight, bias = (8 * hidden).to(dtype), weight.to(dtype), bias.to(dtype)
+    found = []
+    for wide in (dtype, torch.float64):
+        head = Unembedding(weight.to(wide), bias.to(wide), None)
+        objective = OptionKL(torch.tensor([1, -1, 0]), OPTIONS, SHARES, torch.ones(2))
+        found.append(objective.losses(hidden.to(wide), torch.tensor([2, 0]), head))
+    got, expected = found
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)

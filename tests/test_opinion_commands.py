@@ -46,6 +46,11 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
     saved = Intervention.from_pretrained("opinion")
     assert saved.layers == (1,)
     assert saved.provenance["opinions"]["group"] == "all"
+    assert saved.provenance["opinions"]["outside_weight"] == 1
+    among = json.loads(
+        done("opinions", *arguments, *options, "--outside-weight", 0, "--json").stdout
+    )
+    assert among["results"]["fitted"] != results["fitted"]
     table = done("opinions", *arguments, *options, "--alpha", 0.5, "--shots", 0).stdout
     assert "all: 4 held-out questions" in table
     assert max(map(len, table.splitlines())) <= 80
@@ -83,6 +88,19 @@ def test_opinions_choose_a_layer_by_cross_validation_over_questions(poll: Path) 
     arguments = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--shots", 0)
     options = ("--alpha", 0.5, "--orders", 2, "--json")
     assert json.loads(done("opinions", *arguments, *options).stdout)["layer"] in (0, 1, 2)
+
+
+def test_more_questions_than_a_prompt_can_show_are_refused_before_the_fit(poll: Path) -> None:
+    words = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--layer", 1)
+    long = {"options": ["x", "y"], "group": "all", "distribution": [0.9, 0.1]}
+    lines = [json.dumps(long | {"question": f"is {letter * 40}?"}) for letter in "abcdefgh"]
+    (poll / "long.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = ("opinions", *words[:3], "long.jsonl", *words[4:], "--train", 6)
+    result = laai(*words)
+    message = refused(result, 2)
+    assert "show fewer demonstrations; --shots shows 6, and 0 shows none" in message
+    assert "Fitting" not in result.stderr
+    assert "Fitting" in done(*words, "--shots", 1, "--max-evaluations", 2).stderr
 
 
 @pytest.mark.parametrize(

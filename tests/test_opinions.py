@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,9 @@ def test_a_prompt_is_what_the_template_says() -> None:
     options = "\n".join(f"{x}. {TEA.options[i]}" for x, i in zip("ABC", example.order, strict=True))
     assert example.prompt == f"Question: Tea or coffee?\n{options}\nAnswer:"
     assert example.names == (" A", " B", " C")
+    assert example.outside_weight == 1
+    [among] = option_examples([TEA], n_orders=1, outside_weight=0.0)
+    assert among == replace(example, outside_weight=0.0)
 
 
 def test_demonstrations_are_answered_with_the_most_frequent_option() -> None:
@@ -111,6 +115,8 @@ def test_other_malformed_arguments_are_refused() -> None:
         OpinionQuestion("q", "How many?", (3, 4), (0.5, 0.5))  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ValueError, match=r"order is \(0, 0\)"):
         OptionExample("Tea?", (" A", " B"), (0.5, 0.5), (0, 0))
+    with pytest.raises(ValueError, match=r"outside_weight is -1\.0; give a number from 0 on"):
+        option_examples([TEA], outside_weight=-1.0)
     with pytest.raises(ValueError, match="n_orders is 0"):
         option_orders(TEA, 0)
     with pytest.raises(ValueError, match=r"text must contain \{options\} once"):

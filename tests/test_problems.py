@@ -21,8 +21,8 @@ TEMPLATE = PromptTemplate(answer_prefix="", answer_end="")
 LABELLED = Example("abc", "xy")
 OPTIONS = (
     OptionExample("Tea?\nA. yes\nB. no\n:", ("A", "B"), (0.25, 0.75)),
-    OptionExample("Tea?\nA. yes\nB. no\n:", ("A", "B"), (1.0, 0.0)),
-    OptionExample("Sea?\n:", ("A", "B", "C"), (0.2, 0.3, 0.5)),
+    OptionExample("Tea?\nA. yes\nB. no\n:", ("A", "B"), (1.0, 0.0), outside_weight=0.0),
+    OptionExample("Sea?\n:", ("A", "B", "C"), (0.2, 0.3, 0.5), outside_weight=0.5),
 )
 
 
@@ -82,7 +82,9 @@ def test_option_shares_are_those_of_a_plain_forward(model: Any, position: Any) -
             names = [model.to_tokens(n, prepend_bos=False)[0, -1].item() for n in example.names]
             logits = oracle.logits_under_edits(model, tokens, len(tokens), {layer: leaf})[-1]
             shares = torch.tensor(example.distribution, dtype=torch.float64)
-            terms.append(F.kl_div(logits[names].log_softmax(0), shares, reduction="sum"))
+            among = F.kl_div(logits[names].log_softmax(0), shares, reduction="sum")
+            outside = logits.logsumexp(0) - logits[names].logsumexp(0)
+            terms.append(among + example.outside_weight * outside)
         expected = torch.stack(terms).mean()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
         (expected_gradient,) = torch.autograd.grad(expected, leaf)

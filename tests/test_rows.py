@@ -287,3 +287,19 @@ def test_a_forked_worker_that_outlives_its_killed_parent_does_not_keep_the_file(
         finally:
             parent.kill()
             os.kill(child, signal.SIGKILL)
+
+
+def test_rows_of_other_kinds_are_not_replaced_and_a_file_that_grows_is_left_alone(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"kind": "sweep"}, {"kind": "path"}])
+    with path.open("ab") as handle:
+        handle.write(b'{"kind": "sw')
+    there = path.read_bytes()
+    check_rows_file(path)
+    with pytest.raises(ValueError, match=r"rows of other kinds: path, sweep\. Give"):
+        check_rows_file(path, "ablation")
+    with pytest.raises(ValueError, match=r"rows of other kinds: path\. "):
+        check_rows_file(path, "sweep")
+    assert path.read_bytes() == there

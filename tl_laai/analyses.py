@@ -98,7 +98,7 @@ def attribute(
 ) -> None:
     """Gradient attribution of every head: one forward and one backward."""
     if out is not None:
-        check_rows_file(out)
+        check_rows_file(out, "attribution")
     data = draw(load_task(task), train=train, seed=seed)
     loaded = load(model, backend)
     from tl_laai.attribution import attribute as gradient_attribution
@@ -139,7 +139,7 @@ def ablate(
     from tl_laai.interventions import Intervention
 
     if out is not None:
-        check_rows_file(out)
+        check_rows_file(out, "ablation")
     intervention = Intervention.from_pretrained(folder)
     data, template = held_out(intervention, task=task, test=test)
     loaded = load_for(intervention, model, None)

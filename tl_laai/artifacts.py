@@ -104,7 +104,7 @@ def check_folder(folder: str | Path) -> None:
         ValueError: the path is a file, the folder holds something else than an intervention, or
             no folder can be made there.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder")
     # What a save that was killed has left behind is nobody's.

@@ -43,7 +43,7 @@ def baselines(
     activations are not taught where an answer ends: for them see "begins right".
     """
     if out is not None:
-        check_rows_file(out)
+        check_rows_file(out, "baseline")
     data = draw(load_task(task), train=train, test=test, seed=seed)
     if not data.test:
         raise ValueError(f"--train {train} leaves no example of {data.task.name} to hold out")

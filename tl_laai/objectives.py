@@ -109,17 +109,22 @@ class VocabularyKL(Objective):
 
 @dataclass(frozen=True)
 class OptionKL(Objective):
-    """KL from a group's answers to the model's own, both over the options of a question alone.
+    """KL from a group's answers to the model's own, and the surprisal of naming an option at all.
+
+    `sum share log(share / p(option | some option)) - outside_weight log p(some option)`: with a
+    weight of 1 that is the KL over the whole vocabulary, with 0 the KL among the options alone.
 
     Attributes:
         of: the question of each suffix token, `[n_tokens]`; -1 where none is answered.
         options: token of each option, `[n_questions, most_options]`; -1 past the last.
         distributions: the group's share of each option, `[n_questions, most_options]`.
+        outside_weights: of each question, `[n_questions]`.
     """
 
     of: Int[Tensor, " n_tokens"]
     options: Int[Tensor, "n_questions most_options"]
     distributions: Float[Tensor, "n_questions most_options"]
+    outside_weights: Float[Tensor, " n_questions"]
 
     def counted(self) -> Bool[Tensor, " n_tokens"]:
         """The tokens after which an option is named."""
@@ -128,12 +133,17 @@ class OptionKL(Objective):
     def losses(
         self, hidden: Float[Tensor, "n d_model"], tokens: Int[Tensor, " n"], head: Unembedding
     ) -> Float[Tensor, " n"]:
-        """`sum share log(share / softmax(option logits))`."""
+        """Of the questions that the tokens answer."""
         question = self.of[tokens]
-        share = self.distributions[question]
-        log_p = option_log_probabilities(hidden, self.options[question], head)
-        share = share.to(log_p)
-        return (torch.xlogy(share, share) - share * log_p.masked_fill(share == 0, 0)).sum(-1)
+        weight = self.outside_weights[question]
+        logits = _option_logits(hidden, self.options[question], head)
+        log_p, share = logits.log_softmax(dim=-1), self.distributions[question].to(logits)
+        loss = (torch.xlogy(share, share) - share * log_p.masked_fill(share == 0, 0)).sum(-1)
+        if not weight.any():
+            return loss
+        # Two terms nearly cancel: in half precision their rounding would be the loss.
+        whole = log_sum_exp_minus(hidden.to(logits), head, torch.zeros_like(hidden).to(logits))
+        return loss + weight.to(logits) * (whole - logits.logsumexp(dim=-1))
 
 
 def option_log_probabilities(
@@ -148,11 +158,15 @@ def option_log_probabilities(
         options: token of each option, `[n, most_options]`; -1 past the last.
         head: the unembedding.
     """
-    present = options >= 0
+    return _option_logits(hidden, options, head).log_softmax(dim=-1)
+
+
+def _option_logits(hidden: Tensor, options: Tensor, head: Unembedding) -> Tensor:
+    """Logit of each option in float32 or float64; `-inf` where there is none."""
     index = options.clamp(min=0)
-    logits = torch.einsum("nd,nkd->nk", hidden, head.weight[index])
-    accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = logits.to(accumulate)
+    # Wide before the product: a loss compares these logits with those of a pass over all tokens.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = torch.einsum("nd,nkd->nk", hidden.to(wide), head.weight[index].to(wide))
     if head.bias is not None:
-        logits = logits + head.bias[index].to(accumulate)
-    return head.cap(logits).masked_fill(~present, -torch.inf).log_softmax(dim=-1)
+        logits = logits + head.bias[index].to(wide)
+    return head.cap(logits).masked_fill(options < 0, -torch.inf)

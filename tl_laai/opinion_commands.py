@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tl_laai import display
+from tl_laai.opinion_recipes import PollData, record_poll, recorded_poll
 from tl_laai.options import (
     AnyBackend,
     AnyModel,
@@ -18,70 +18,16 @@ from tl_laai.options import (
     load,
     load_for,
 )
-from tl_laai.recipes import agreed, model_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tl_laai.interventions import Intervention
-    from tl_laai.opinions import OpinionTemplate
-    from tl_laai.polls import OpinionSplit
     from tl_laai.surveys import OpinionEvaluation
 
-OPINION_STEPS, OPINION_LEARNING_RATE = 45, 0.03
-
-
-@dataclass(frozen=True)
-class PollData:
-    """The questions of an opinion fit, and how they are asked.
-
-    Attributes:
-        group: whose answers.
-        split: what was fitted on, and what is held out.
-        n_orders: prompts a question.
-        seed: of split and orders.
-        shots: questions that few-shot prompts show; None for all that were fitted on.
-        template: how questions become prompts.
-    """
-
-    group: str
-    split: OpinionSplit
-    n_orders: int
-    seed: int
-    shots: int | None
-    template: OpinionTemplate
-
-
-def recorded_poll(provenance: Mapping[str, Any]) -> PollData:
-    """The questions that an opinion fit was made on, and those held out from it.
-
-    Raises:
-        FileNotFoundError, ValueError: the poll is not where it was, or has changed since the fit;
-            parts of the intervention were fitted on different questions.
-    """
-    from tl_laai.opinions import OpinionTemplate
-    from tl_laai.polls import OpinionTask
-
-    asked, split = (agreed(provenance, name) for name in ("opinions", "split"))
-    if asked is None or split is None:
-        raise ValueError(
-            "the parts of the intervention were not all fitted on the same questions of one group, "
-            "so none are known to be held out; evaluate the parts, or give --task"
-        )
-    group, source, digest = (asked[name] for name in ("group", "source", "digest"))
-    if source == "built-in":
-        task = OpinionTask.load(group)
-    else:
-        task = OpinionTask.from_jsonl(str(source), group=group)
-    if task.digest != digest:
-        raise ValueError(
-            f"the questions of {group!r} in {source} have changed since the fit (digest {digest}, "
-            f"now {task.digest}), so its split cannot be made again; restore them"
-        )
-    n_train, n_orders, seed, shots = (split[name] for name in ("train", "orders", "seed", "shots"))
-    template = OpinionTemplate(**asked["template"])
-    questions = task.split(train=n_train, seed=seed)
-    return PollData(task.group, questions, n_orders, seed, shots, template)
+OPINION_STEPS, OPINION_LEARNING_RATE = 90, 0.03
+# Of relaxed fits, when a layer is chosen.
+CANDIDATE_STEPS = (OPINION_STEPS // 2, OPINION_STEPS)
 
 
 def opinions(
@@ -102,8 +48,12 @@ def opinions(
     shots: Annotated[
         int | None, typer.Option(min=0, help="Fitted questions few-shot shows.")
     ] = None,
+    outside_weight: Annotated[
+        float,
+        typer.Option(min=0, help="Of naming no letter at all, in the loss; 0: letters alone."),
+    ] = 1.0,
     max_evaluations: Annotated[
-        int | None, typer.Option(min=1, help="With a number as --layer: at most; adam's 45 steps.")
+        int | None, typer.Option(min=1, help="With a number as --layer: at most; adam's 90 steps.")
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of adam, without --alpha: 0.03.")
@@ -151,25 +101,22 @@ def opinions(
     from tl_laai.surveys import compare_opinions
 
     examples = task.examples(
-        split.train, n_orders=orders, seed=seed, template=DEFAULT_OPINION_TEMPLATE
+        split.train,
+        n_orders=orders,
+        seed=seed,
+        template=DEFAULT_OPINION_TEMPLATE,
+        outside_weight=outside_weight,
     )
-    known = {
-        "model": model_name(model),
-        "backend": backend,
-        "opinions": {
-            "group": task.group,
-            "source": task.source if file is None else str(file.resolve()),
-            "digest": task.digest,
-            "template": asdict(DEFAULT_OPINION_TEMPLATE),
-        },
-        "split": {"train": n_train, "orders": orders, "seed": seed, "shots": shots},
-    }
+    poll = PollData(task, split, orders, seed, shots, outside_weight, DEFAULT_OPINION_TEMPLATE)
+    _check_few_shot(loaded, poll)
+    known = record_poll(model, backend, poll)
     if fixed is None:
         with display.row_bar("Cross-validating") as progress:
             fitted = fit_auto(
                 loaded,
                 examples,
                 alphas=None if alpha is None else [alpha],
+                relax_steps=CANDIDATE_STEPS,
                 n_folds=3,
                 learning_rate=OPINION_LEARNING_RATE,
                 provenance=known,
@@ -229,7 +176,26 @@ def evaluate_opinion_fit(
             shots=poll.shots if few_shot else 0,
             template=poll.template,
         )
-    _show(poll.group, results, json, layer=intervention.layers[0])
+    _show(poll.task.group, results, json, layer=intervention.layers[0])
+
+
+def _check_few_shot(model: Any, poll: PollData) -> None:
+    """Refuse, before the fit and not after it, to show more questions than the context holds."""
+    from tl_laai.prompts import TooLongError, tokenise_options
+
+    shown = () if poll.shots == 0 else poll.split.train[: poll.shots]
+    asked = poll.task.examples(
+        poll.split.test,
+        n_orders=poll.n_orders,
+        seed=poll.seed,
+        template=poll.template,
+        demonstrations=shown,
+    )
+    try:
+        for example in asked:
+            tokenise_options(model, example)
+    except TooLongError as error:
+        raise TooLongError(f"{error}; --shots shows {len(shown)}, and 0 shows none") from error
 
 
 def _show(group: str, results: Mapping[str, OpinionEvaluation], json: bool, *, layer: int) -> None:

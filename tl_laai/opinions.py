@@ -33,10 +33,12 @@ class OptionExample:
         order: Which option of the question each name stands for, from 0; empty for the
             question's own order.
         question: The `id` of the question; prompts that ask the same one share it.
+        outside_weight: How much a fit's loss counts that an option is named at all: 1 makes it
+            the KL over the whole vocabulary, 0 the KL among the options alone.
 
     Raises:
-        ValueError: Fewer than two options, shares that are no distribution over them, or an order
-            that is none.
+        ValueError: Fewer than two options, shares that are no distribution over them, an order
+            that is none, or a negative weight.
     """
 
     prompt: str
@@ -44,6 +46,7 @@ class OptionExample:
     distribution: tuple[float, ...]
     order: tuple[int, ...] = ()
     question: str = ""
+    outside_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.names) < 2 or len(self.names) != len(self.distribution):
@@ -56,6 +59,8 @@ class OptionExample:
             raise ValueError(
                 f"order is {self.order}; give each of 0 to {len(self.names) - 1} once, or nothing"
             )
+        if not 0 <= self.outside_weight < math.inf:
+            raise ValueError(f"outside_weight is {self.outside_weight}; give a number from 0 on")
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,7 @@ def option_examples(
     seed: int = 0,
     template: OpinionTemplate = DEFAULT_OPINION_TEMPLATE,
     demonstrations: Iterable[OpinionQuestion] = (),
+    outside_weight: float = 1.0,
 ) -> tuple[OptionExample, ...]:
     """Each question as `n_orders` prompts, options and shares permuted together.
 
@@ -223,6 +229,7 @@ def option_examples(
         seed: Of the orders, the demonstrations' too.
         template: How questions become prompts.
         demonstrations: Answered before every prompt; see `OpinionTemplate.demonstrate`.
+        outside_weight: Of a fit's loss; see `OptionExample`.
 
     Returns:
         The prompts, those of one question next to each other.
@@ -235,6 +242,7 @@ def option_examples(
             tuple(question.distribution[i] for i in order),
             order,
             question.id,
+            outside_weight,
         )
         for question in questions
         for order in option_orders(question, n_orders, seed=seed)

@@ -151,4 +151,5 @@ def _option_objective(
         shares[i, : len(own)] = torch.tensor(example.distribution, dtype=torch.float64)
     of = torch.full_like(prompts.tokens, -1)
     of[prompts.prompt_ends] = torch.arange(len(examples), device=device)
-    return OptionKL(of, options, shares)
+    weights = torch.tensor([example.outside_weight for example in examples], device=device)
+    return OptionKL(of, options, shares, weights)

@@ -3,7 +3,6 @@
     model, backend                  what to load
     task   name, source, digest     which data; a digest that differs is refused
     split  train, test, seed        the examples fitted on, and those held out
-    opinions group, source, digest  instead of a task: whose answers to which questions
 
 So a saved intervention can be evaluated on its own held-out examples with nothing else said, and
 compared with the same model zero-shot and prompted with the same examples. Of an intervention

@@ -260,22 +260,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
-def check_rows_file(path: str | os.PathLike[str]) -> None:
+def check_rows_file(path: str | os.PathLike[str], kind: str | None = None) -> None:
     """Find out, before the work and not after it, whether `write_rows` may and can write there.
 
+    Args:
+        path: The file.
+        kind: Of the rows to write; None for any.
+
     Raises:
-        ValueError: There is something else than rows, or no file can be made there.
+        ValueError: There is something else than rows, or than rows of that kind, or no file can
+            be made there.
     """
     file = Path(path)
     if file.exists() and not file.is_file():
         raise ValueError(f"{path} is a folder or a device; give a file for the rows.")
     if file.exists():
-        with file.open("rb") as handle:
-            start = handle.read(len(_ROW_START)).rstrip(b"\0")
+        content = file.read_bytes()
+        start = content[: len(_ROW_START)].rstrip(b"\0")
         if start != _ROW_START[: len(start)]:  # a killed writer may have left less than a row
             raise ValueError(
                 f"{path} holds something else than rows: it begins with {start!r}. Give another "
                 "file, or move that one away."
+            )
+        whole = content[: content.rfind(b"\n") + 1]
+        others = sorted({row["kind"] for row in _parsed(whole, path)} - {kind})
+        if kind is not None and others:
+            raise ValueError(
+                f"{path} holds rows of other kinds: {', '.join(others)}. Give another file for "
+                f"those of kind {kind!r}, or move that one away."
             )
     place = next(folder for folder in file.absolute().parents if folder.exists())
     try:

@@ -30,7 +30,7 @@ from tl_laai.hooking import Position
 from tl_laai.models import load_model
 from tl_laai.penalties import SparseGroupLasso
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
-from tl_laai.rows import append_rows, checked, complete_rows, only_writer
+from tl_laai.rows import append_rows, check_rows_file, checked, complete_rows, only_writer
 from tl_laai.splits import integer
 from tl_laai.tasks import Task, load_task
 
@@ -148,6 +148,7 @@ def sweep_layers(
     if penalty is not None and alpha is not None:
         raise ValueError("penalty and alpha are both given: use one of them.")
     splits = _checked_tasks(tasks, n_train, n_test)
+    check_rows_file(out)
     loaded = model
     if name is not None and (executor is None or given is None):
         loaded = load_model(name)
