@@ -32,6 +32,7 @@ from transformers import (
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -39,6 +40,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    SmolLM3Config,
 )
 
 try:
@@ -49,7 +51,7 @@ except ImportError:  # TransformerLens 4 has only the Bridge
     HAS_HOOKED = False
 
 FAMILIES = ("gpt2", "llama", "gemma", "neox", "qwen2")
-BRIDGE_ONLY = ("gemma2", "gptj", "gptneo", "opt", "mistral")
+BRIDGE_ONLY = ("gemma2", "gptj", "gptneo", "opt", "mistral", "granite", "smollm3")
 N_CTX = 128
 SLIDING_WINDOW = 4
 GRID = 2.0**12
@@ -109,6 +111,8 @@ def tiny_config(family: str) -> PreTrainedConfig:
     | opt | 3 | 4 x 8 | 32 | tokens of all rows as one axis inside the block |
     | opt-projected | 3 | 4 x 8 | 32 | a projection before the unembedding: refused |
     | mistral | 3 | 4 (2) x 8 | 32 | windows of 4 on every layer |
+    | granite | 3 | 4 (2) x 8 | 32 | scaled embeddings, scores, residuals and logits |
+    | smollm3 | 3 | 4 (2) x 8 | 32 | no positions on layer 1 |
     """
     shared = {
         "vocab_size": VOCABULARY_SIZE,
@@ -154,6 +158,16 @@ def tiny_config(family: str) -> PreTrainedConfig:
             return OPTConfig(**usual, ffn_dim=48, word_embed_proj_dim=size)
         case "mistral":
             return MistralConfig(**grouped, sliding_window=SLIDING_WINDOW)
+        case "granite":
+            return GraniteConfig(
+                **grouped,
+                embedding_multiplier=3.0,
+                attention_multiplier=0.25,
+                residual_multiplier=0.5,
+                logits_scaling=2.0,
+            )
+        case "smollm3":
+            return SmolLM3Config(**grouped, no_rope_layers=[1, 0, 1])
         case "gemma2":
             return Gemma2Config(
                 **{**grouped, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 1},

@@ -69,6 +69,8 @@ class Backend(ABC):
         self.n_ctx = int(cfg.n_ctx)
         self.dtype, self.device = kind_of_weights(model)
         self.verified_length = 0
+        # Logits are what the unembedding makes of the last normalised residual times this.
+        self.logit_scale = 1.0
 
     @property
     def model(self) -> Any:
@@ -123,12 +125,12 @@ class Backend(ABC):
     # What both share ----------------------------------------------------------------------
 
     def final_norm(self, residual: Float[Tensor, "n d_model"]) -> Tensor:
-        """The norm before the unembedding."""
+        """What is unembedded: the last norm's output, scaled as the logits are."""
         norm = getattr(self.model, "ln_final", None)
-        if norm is None:
-            return residual
-        device = next(norm.parameters(), residual).device
-        return cast(Tensor, norm(residual[None].to(device))[0]).to(self.device)
+        if norm is not None:
+            device = next(norm.parameters(), residual).device
+            residual = norm(residual[None].to(device))[0].to(self.device)
+        return residual if self.logit_scale == 1 else residual * self.logit_scale
 
     def written(
         self,
@@ -177,7 +179,8 @@ class Backend(ABC):
             at_attention: called with `(layer, the attention's normalised input)`.
 
         Returns:
-            The input of the unembedding, `[batch, pos, d_model]`; empty if `at_block` left early.
+            The input of the unembedding, `[batch, pos, d_model]`, scaled as the logits are;
+            empty if `at_block` left early.
         """
         final: list[Tensor] = []
         handles = []
@@ -218,7 +221,7 @@ class Backend(ABC):
         finally:
             for handle in handles:
                 handle.remove()
-        return final[0].to(self.device) if final else torch.empty(0)
+        return final[0].to(self.device) * self.logit_scale if final else torch.empty(0)
 
     def note_block_call(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the model passes to a block (overridden where blocks need more)."""

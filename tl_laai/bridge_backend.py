@@ -23,6 +23,8 @@ class BridgeBackend(Backend):
         # GPT-J and CodeGen keep sines and cosines in the attention itself.
         own_table = getattr(attention.original_component, "embed_positions", None)
         self._has_own_tables = isinstance(own_table, Tensor)
+        # Granite's.
+        self.logit_scale = 1 / float(getattr(model.original_model.config, "logits_scaling", 1.0))
         self._adjacent_pairs = self._has_own_tables or bool(
             getattr(model.cfg, "rotary_adjacent_pairs", False)
         )
@@ -69,7 +71,8 @@ class BridgeBackend(Backend):
         if phase == "post_reshape":
             q = attn.q_norm(q.transpose(0, 1)[None])[0].transpose(0, 1)
             k = attn.k_norm(k.transpose(0, 1)[None])[0].transpose(0, 1)
-        if layer in self._rotary:
+        # SmolLM3 has layers without positions.
+        if layer in self._rotary and getattr(attn.original_component, "use_rope", True):
             # The model hands every layer the same tables, on the embedding's device.
             cos, sin = (
                 t[positions.to(t.device), None, :].to(q.device) for t in self._rotary[layer]
