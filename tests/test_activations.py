@@ -7,6 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from tiny import tiny_bridge
 from torch import Tensor
 
 from tl_laai.activations import gradient_at_zero, last_token, losses_under
@@ -42,6 +43,19 @@ def test_what_heads_write_sums_to_what_attention_adds(model: Any) -> None:
         if bias is not None:
             expected = expected - bias
         torch.testing.assert_close(sum(parts)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_heads_write_sums_to_what_a_block_adds_that_scales_it() -> None:
+    model = oracle.run_once(tiny_bridge("granite"))
+    backend = backend_of(model)
+    example = oracle.random_examples([(9, 1)])[0]
+    z = last_token(freeze(model, [example])).z
+    heads = torch.eye(backend.n_heads, dtype=z.dtype)
+    for layer in range(backend.n_layers):
+        parts = [backend.written(layer, z[layer] * own[:, None], z[layer]) for own in heads]
+        names = [f"blocks.{layer}.hook_resid_{place}" for place in ("pre", "mid")]
+        before, after = (own[-1] for own in oracle.values_at(model, example.prompt, names).values())
+        torch.testing.assert_close(sum(parts)[0], after - before, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("position", ["prompt_end", "every_step"])

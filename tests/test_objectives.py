@@ -131,14 +131,18 @@ def test_kl_over_options_equals_torchs_over_their_softmax(cap: float | None) -> 
 def test_kl_over_options_with_a_weight_counts_what_no_option_gets(cap: float | None) -> None:
     hidden, weight, _, bias = draw(2, 17, 4)
     head = Unembedding(weight, bias, cap)
-    whole, half = (torch.full((2,), w, dtype=torch.float64) for w in (1.0, 0.5))
+    whole, half, none = (torch.full((2,), w, dtype=torch.float64) for w in (1.0, 0.5, 0.0))
     tokens = torch.tensor([2, 0])
     shares = torch.zeros(2, 17, dtype=torch.float64)
     shares[0, [3, 9, 1]], shares[1, [4, 8]] = SHARES[0], SHARES[1, :2]
     log_p = slow_logits(hidden, weight, bias, cap).log_softmax(-1)
     over_all = F.kl_div(log_p, shares, reduction="none").sum(-1)
     inside = torch.stack([log_p[0, [3, 9, 1]].logsumexp(0), log_p[1, [4, 8]].logsumexp(0)])
-    for weights, expected in ((whole, over_all), (half, over_all + inside / 2)):
+    for weights, expected in (
+        (whole, over_all),
+        (half, over_all + inside / 2),
+        (none, over_all + inside),
+    ):
         objective = OptionKL(torch.tensor([1, -1, 0]), OPTIONS, SHARES, weights)
         got = objective.losses(hidden, tokens, head)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

@@ -46,11 +46,13 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
     saved = Intervention.from_pretrained("opinion")
     assert saved.layers == (1,)
     assert saved.provenance["opinions"]["group"] == "all"
-    assert saved.provenance["opinions"]["outside_weight"] == 1
-    among = json.loads(
-        done("opinions", *arguments, *options, "--outside-weight", 0, "--json").stdout
-    )
-    assert among["results"]["fitted"] != results["fitted"]
+    assert saved.provenance["loss"] == {"outside_weight": 1}
+    words = ("opinions", *arguments, *options, "--outside-weight", 0, "--out", "letters", "--json")
+    letters = json.loads(done(*words).stdout)["results"]
+    assert letters["fitted"] != results["fitted"]
+    both = saved + Intervention.from_pretrained("letters")
+    both.save_pretrained("both")  # fitted on the same questions, if not for the same loss
+    assert json.loads(done("evaluate", "both", "--json").stdout)["results"].keys() == results.keys()
     table = done("opinions", *arguments, *options, "--alpha", 0.5, "--shots", 0).stdout
     assert "all: 4 held-out questions" in table
     assert max(map(len, table.splitlines())) <= 80
@@ -98,7 +100,7 @@ def test_more_questions_than_a_prompt_can_show_are_refused_before_the_fit(poll: 
     words = ("opinions", *words[:3], "long.jsonl", *words[4:], "--train", 6)
     result = laai(*words)
     message = refused(result, 2)
-    assert "show fewer demonstrations; --shots shows 6, and 0 shows none" in message
+    assert "show fewer demonstrations than 6 (--shots), or none (--shots 0)" in message
     assert "Fitting" not in result.stderr
     assert "Fitting" in done(*words, "--shots", 1, "--max-evaluations", 2).stderr
 
@@ -108,6 +110,7 @@ def test_more_questions_than_a_prompt_can_show_are_refused_before_the_fit(poll: 
     [
         (("--group", "Whig"), "group must be one of ['Democrat', 'Independent', 'Republican'"),
         (("--group", "65+", "--train", 19), "--train 19 leaves 1 to hold out; give fewer"),
+        (("--group", "65+", "--outside-weight", "inf"), "--outside-weight is inf; give a number"),
         (
             ("--group", "65+", "--layer", 1, "--alpha", 0.5, "--learning-rate", 0.1),
             "--learning-rate is adam's, and --alpha is solved by proximal gradient",

@@ -303,3 +303,6 @@ def test_rows_of_other_kinds_are_not_replaced_and_a_file_that_grows_is_left_alon
     with pytest.raises(ValueError, match=r"rows of other kinds: path\. "):
         check_rows_file(path, "sweep")
     assert path.read_bytes() == there
+    path.write_bytes(b'{"kind": "sweep"}')  # whole, but for its line's end
+    with pytest.raises(ValueError, match=r"rows of other kinds: sweep\. "):
+        check_rows_file(path, "ablation")

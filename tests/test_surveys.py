@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from tiny import VOCABULARY_SIZE, tiny_bridge
 
 from tl_laai.decoding import Edit, option_log_probabilities
 from tl_laai.fitting import fit
@@ -127,6 +128,13 @@ def test_option_probabilities_are_those_of_the_whole_vocabulary(family: str) -> 
                 logits = oracle.logits_under_edits(model, prompt, len(prompt), edit.deltas)[-1]
             expected = logits.double().log_softmax(-1)[list(names)]
             assert oracle.relative(found[i, j, : len(names)], expected) < 1e-9
+
+
+def test_probabilities_of_all_tokens_sum_to_one_in_half_precision_too() -> None:
+    model = oracle.run_once(tiny_bridge("llama", torch.bfloat16))
+    prompts = freeze(model, [TokenisedExample((5, 9, 7, 30), (), "", "")])
+    found = option_log_probabilities(prompts, [Edit()], torch.arange(VOCABULARY_SIZE)[None])
+    assert found.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_model_that_is_fitted_to_a_group_comes_closer_to_it(model: Any) -> None:

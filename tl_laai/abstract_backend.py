@@ -140,15 +140,16 @@ class Backend(ABC):
     ) -> Float[Tensor, "n d_model"]:
         """What part of the heads' outputs adds to the residual, the rest being as in `whole`.
 
-        That is `part` through W_O, without its bias. Where a norm stands behind W_O (Gemma 2 and
-        3), its gain and the size that it has in `whole` are applied too, so that parts that sum
-        to `whole` add what `whole` adds.
+        That is `part` through W_O, without its bias, times the block's own factor on what it adds
+        (Granite). Where a norm stands behind W_O (Gemma 2 and 3), its gain and the size that it
+        has in `whole` are applied too, so that parts that sum to `whole` add what `whole` adds.
         """
         with torch.no_grad():
             device = next(self.attention(layer).parameters()).device
             part, whole = part.to(device), whole.to(device)
             bias = self.project_z(layer, torch.zeros_like(part))
             out = self.project_z(layer, part) - bias
+            out = out * getattr(self.block(layer), "residual_multiplier", 1.0)
             norm = getattr(self.model.blocks[layer], "ln1_post", None)
             if norm is None:
                 return out.to(self.device)

@@ -209,6 +209,8 @@ def option_log_probabilities(
         for edit_of, example_of, packing, hidden in _edited(prompts, edits):
             own = options[example_of].to(packing.last.device)
             last = hidden(_prompt_ends(prompts, packing))
+            # What no option gets is a small difference: logits in half precision would hide it.
+            last = last.to(torch.promote_types(last.dtype, torch.float32))
             # Of the first option over the vocabulary; of the others relative to it.
             first = -cross_entropy(
                 last, head.weight, own[:, 0], bias=head.bias, softcap=head.softcap

@@ -1,7 +1,7 @@
 """What a fit minimises, token by token: cross-entropy of answers, KL to a given distribution.
 
 Over the whole vocabulary both are `logsumexp(logits) - <target, logits>`, up to a constant.
-Over a few options (the letters of a multiple-choice question) only their logits are computed.
+Of a question with options the KL among these alone needs only their logits.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from tl_laai.interventions import Intervention
     from tl_laai.surveys import OpinionEvaluation
 
-OPINION_STEPS, OPINION_LEARNING_RATE = 90, 0.03
-# Of relaxed fits, when a layer is chosen.
-CANDIDATE_STEPS = (OPINION_STEPS // 2, OPINION_STEPS)
+OPINION_STEPS, OPINION_LEARNING_RATE = 90, 0.03  # half as many steps for letters alone
 
 
 def opinions(
@@ -53,7 +52,8 @@ def opinions(
         typer.Option(min=0, help="Of naming no letter at all, in the loss; 0: letters alone."),
     ] = 1.0,
     max_evaluations: Annotated[
-        int | None, typer.Option(min=1, help="With a number as --layer: at most; adam's 90 steps.")
+        int | None,
+        typer.Option(min=1, help="With a number as --layer: at most; 90, letters alone 45."),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of adam, without --alpha: 0.03.")
@@ -75,7 +75,8 @@ def opinions(
     n_train = 3 * len(task.distinct) // 5 if train is None else train
     split = task.split(train=n_train, seed=seed)
     if len(split.test) < 2:
-        raise ValueError(f"--train {n_train} leaves {len(split.test)} to hold out; give fewer")
+        remedy = "give fewer" if n_train > 1 else "give a --file with more questions"
+        raise ValueError(f"--train {n_train} leaves {len(split.test)} to hold out; {remedy}")
     fixed = (
         None
         if layer == "auto"
@@ -91,7 +92,10 @@ def opinions(
         )
     if out is not None:
         check_out(out)
-    limit = OPINION_STEPS if max_evaluations is None else max_evaluations
+    if not math.isfinite(outside_weight):
+        raise ValueError(f"--outside-weight is {outside_weight}; give a number from 0 on")
+    steps = OPINION_STEPS if outside_weight else OPINION_STEPS // 2
+    limit = steps if max_evaluations is None else max_evaluations
     rate = OPINION_LEARNING_RATE if learning_rate is None else learning_rate
     loaded = load(model, backend)
     from tl_laai.batches import FitProblem
@@ -107,16 +111,16 @@ def opinions(
         template=DEFAULT_OPINION_TEMPLATE,
         outside_weight=outside_weight,
     )
-    poll = PollData(task, split, orders, seed, shots, outside_weight, DEFAULT_OPINION_TEMPLATE)
+    poll = PollData(task, split, orders, seed, shots, DEFAULT_OPINION_TEMPLATE)
     _check_few_shot(loaded, poll)
-    known = record_poll(model, backend, poll)
+    known = record_poll(model, backend, poll, outside_weight=outside_weight)
     if fixed is None:
         with display.row_bar("Cross-validating") as progress:
             fitted = fit_auto(
                 loaded,
                 examples,
                 alphas=None if alpha is None else [alpha],
-                relax_steps=CANDIDATE_STEPS,
+                relax_steps=(steps // 2, steps),
                 n_folds=3,
                 learning_rate=OPINION_LEARNING_RATE,
                 provenance=known,
@@ -162,20 +166,24 @@ def evaluate_opinion_fit(
     json: bool,
 ) -> None:
     """Compare a saved fit on the questions that it was not fitted on, as `opinions` does."""
+    from tl_laai.prompts import TooLongError
     from tl_laai.surveys import compare_opinions
 
     poll = recorded_poll(intervention.provenance)
     loaded = load_for(intervention, model, backend)
     with display.step(f"Asking {len(poll.split.test)} questions"):
-        results = compare_opinions(
-            loaded,
-            poll.split,
-            intervention,
-            n_orders=poll.n_orders,
-            seed=poll.seed,
-            shots=poll.shots if few_shot else 0,
-            template=poll.template,
-        )
+        try:
+            results = compare_opinions(
+                loaded,
+                poll.split,
+                intervention,
+                n_orders=poll.n_orders,
+                seed=poll.seed,
+                shots=poll.shots if few_shot else 0,
+                template=poll.template,
+            )
+        except TooLongError as error:
+            raise TooLongError(f"{error}, or leave few-shot out (--no-few-shot)") from error
     _show(poll.task.group, results, json, layer=intervention.layers[0])
 
 
@@ -195,7 +203,9 @@ def _check_few_shot(model: Any, poll: PollData) -> None:
         for example in asked:
             tokenise_options(model, example)
     except TooLongError as error:
-        raise TooLongError(f"{error}; --shots shows {len(shown)}, and 0 shows none") from error
+        if not shown:
+            raise
+        raise TooLongError(f"{error} than {len(shown)} (--shots), or none (--shots 0)") from error
 
 
 def _show(group: str, results: Mapping[str, OpinionEvaluation], json: bool, *, layer: int) -> None:

@@ -3,6 +3,7 @@
 model, backend                     what to load
 opinions  group, source, digest    whose answers to which questions, and how they are asked
 split     train, orders, seed      the questions fitted on; the others are held out
+loss      outside_weight           how much it counts that an option is named at all
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ class PollData:
         n_orders: prompts a question.
         seed: of split and orders.
         shots: questions that few-shot prompts show; None for all that were fitted on.
-        outside_weight: of the fit's loss; see `OptionExample`.
         template: how questions become prompts.
     """
 
@@ -36,32 +36,31 @@ class PollData:
     n_orders: int
     seed: int
     shots: int | None
-    outside_weight: float
     template: OpinionTemplate
 
 
-def record_poll(model: str, backend: str, poll: PollData) -> dict[str, Any]:
+def record_poll(
+    model: str, backend: str, poll: PollData, *, outside_weight: float
+) -> dict[str, Any]:
     """What an opinion fit should keep as provenance: see the head of this file.
-
-    Example:
-        >>> fit(model, examples, provenance=record_poll("gpt2", "auto", poll))  # doctest: +SKIP
 
     Args:
         model: the name it was loaded by; a path is kept absolute.
         backend: as given to `load_model`.
-        poll: its training questions are those fitted on.
+        poll: its training questions are those fitted on, all others held out.
+        outside_weight: of the fit's loss; see `OptionExample`.
     """
     task = poll.task
     path = Path(task.source)
+    from_file = task.source != "built-in" and path.is_file()
     return {
         "model": model_name(model),
         "backend": backend,
         "opinions": {
             "group": task.group,
-            "source": str(path.resolve()) if path.exists() else task.source,
+            "source": str(path.resolve()) if from_file else task.source,
             "digest": task.digest,
             "template": asdict(poll.template),
-            "outside_weight": poll.outside_weight,
         },
         "split": {
             "train": len(poll.split.train),
@@ -69,6 +68,7 @@ def record_poll(model: str, backend: str, poll: PollData) -> dict[str, Any]:
             "seed": poll.seed,
             "shots": poll.shots,
         },
+        "loss": {"outside_weight": outside_weight},
     }
 
 
@@ -98,6 +98,4 @@ def recorded_poll(provenance: Mapping[str, Any]) -> PollData:
     n_train, n_orders, seed, shots = (split[name] for name in ("train", "orders", "seed", "shots"))
     template = OpinionTemplate(**asked["template"])
     questions = task.split(train=n_train, seed=seed)
-    # Fits made before there was a weight took the KL among the options alone.
-    weight = asked.get("outside_weight", 0.0)
-    return PollData(task, questions, n_orders, seed, shots, weight, template)
+    return PollData(task, questions, n_orders, seed, shots, template)

@@ -151,5 +151,5 @@ def _option_objective(
         shares[i, : len(own)] = torch.tensor(example.distribution, dtype=torch.float64)
     of = torch.full_like(prompts.tokens, -1)
     of[prompts.prompt_ends] = torch.arange(len(examples), device=device)
-    weights = torch.tensor([example.outside_weight for example in examples], device=device)
+    weights = torch.tensor([e.outside_weight for e in examples], dtype=torch.float64).to(device)
     return OptionKL(of, options, shares, weights)

@@ -4,7 +4,8 @@ A model's distribution over the options of a question is its share of each optio
 the letters, averaged over prompts that differ in the order of the options and brought back to
 the question's own order. The distances from the group's distribution are taken after averaging:
 averaging first takes out what the model says of positions. What a fit minimises is the KL before
-averaging, a prompt at a time; it stands in each row as `prompt_kl`.
+averaging, a prompt at a time, which stands in each row as `prompt_kl`, and the surprisal of naming
+any letter, whose probability `outside` leaves.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ _SAFE_SUM = (1e-20, 1e30)
 class Unembedding:
     """The map from the last normalised residual to logits: `cap(hidden @ weight.T + bias)`.
 
+    Where a model scales its logits, that residual is scaled before (`Backend.final_norm`).
+
     Attributes:
         weight: `[d_vocab, d_model]`, a view of the model's own memory.
         bias: `[d_vocab]` or None when it is zero.
