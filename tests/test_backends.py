@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import oracle
@@ -16,6 +17,7 @@ from tiny import N_CTX, SLIDING_WINDOW, tiny_bridge, tiny_model
 from torch import Tensor, nn
 
 from tl_laai.backends import backend_of, rank_within
+from tl_laai.decoding import Edit, answer_log_probabilities
 from tl_laai.engine import Engine
 from tl_laai.prefix import freeze
 
@@ -343,3 +345,50 @@ def test_a_bridge_that_scales_attention_by_depth_is_exact(monkeypatch: pytest.Mo
 def test_prompts_may_fill_the_context(model: Any) -> None:
     prompts = freeze(model, oracle.random_examples([(N_CTX - 2, 3)]))  # the last is not run
     assert int(prompts.positions.max()) == N_CTX - 1
+
+
+def test_positions_that_depend_on_a_prompts_length_are_not_mixed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    configuration = tiny.tiny_config
+
+    def longrope(family: str) -> Any:
+        config = configuration(family)
+        config.original_max_position_embeddings = 64
+        config.rope_parameters = {
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4, "original_max_position_embeddings": 64, "factor": 2.0,
+        }  # fmt: skip
+        return config
+
+    monkeypatch.setattr(tiny, "tiny_config", longrope)
+    model = oracle.run_once(tiny_bridge("llama", torch.float32))
+    short, long = oracle.random_examples([(9, 2), (90, 2)])
+    freeze(model, [short])  # verified against the model's own forward
+    with pytest.raises(ValueError, match="its rotary positions depend on the length of a prompt"):
+        freeze(model, [short, long])
+
+
+def test_threads_take_turns_on_one_model(backend: str) -> None:
+    model = oracle.shared_model(backend, "llama")
+    examples = [oracle.random_examples([(5 + 3 * i, 2)], seed=i) for i in range(3)]
+    expected = [answer_log_probabilities(freeze(model, own), [Edit()]) for own in examples]
+
+    def work(i: int) -> bool:
+        found = [answer_log_probabilities(freeze(model, examples[i]), [Edit()]) for _ in range(5)]
+        return all(torch.allclose(own, expected[i], rtol=1e-9) for own in found)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(3)))
+    attention = [vars(backend_of(model).attention(layer)) for layer in range(3)]
+    assert not any("forward" in own for own in attention)
+
+
+def test_a_part_of_a_model_in_training_mode_drops_nothing_out() -> None:
+    model = oracle.run_once(tiny_bridge("gpt2", torch.float32))
+    prompts = freeze(model, oracle.random_examples([(9, 2)]))
+    expected = answer_log_probabilities(prompts, [Edit()])
+    model.blocks[1].train()
+    model.blocks[1].original_component.train()
+    assert torch.equal(answer_log_probabilities(prompts, [Edit()]), expected)
+    assert model.blocks[1].original_component.training

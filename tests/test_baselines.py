@@ -120,5 +120,10 @@ def test_what_cannot_be_tuned_is_refused(model: Any) -> None:
         tune(model, MORE, TaskVector(), n_folds=1)
     with pytest.raises(ValueError, match=r"n_folds is 7, more than the 6"):
         tune(model, MORE, TaskVector(), n_folds=7)
+    with pytest.raises(ValueError, match=r"n_folds is 2, more than the 1"):
+        tune(model, MORE[:1] * 4, TaskVector())
+    alike = [Example(text, "x") for text in "abc"] + [Example("d", "y")]
+    with pytest.raises(ValueError, match=r"MeanDifference, on all but fold . of n_folds=2: "):
+        tune(model, alike, METHODS["mean-difference"])
     with pytest.raises(ValueError, match="empty grid"):
         tune(model, MORE, TaskVector(layers=()))

@@ -583,6 +583,14 @@ def test_fit_keeps_to_as_many_heads_as_allowed(inside: Path, tmp_path: Path) -> 
 def test_choosing_a_layer_by_an_absolute_penalty_is_refused(inside: Path, tmp_path: Path) -> None:
     arguments = fit_arguments(inside, layer="auto", group=0.1, out=tmp_path / "out")
     assert "--layer auto chooses among --alpha" in refused(laai(*arguments), 2)
+    arguments = fit_arguments(inside, layer=1, solver="adam", out=tmp_path / "out")
+    assert "--penalty auto chooses among" in refused(laai(*arguments), 2)
+    arguments = fit_arguments(inside, layer=1, preset="relaxed", group=0.3, out=tmp_path / "out")
+    assert "leave it out, and give --relax a number" in refused(laai(*arguments), 2)
+    for more in ({"group": 0.3}, {"penalty": "none"}):
+        arguments = fit_arguments(inside, layer=1, preset="paper", **more, out=tmp_path / "out")
+        message = refused(laai(*arguments), 2)
+        assert "--preset paper sets the L1 penalty beside --alpha" in message
 
 
 def test_a_sweep_is_kept_gone_on_with_and_drawn(inside: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from tiny import N_CTX
+from tiny import N_CTX, tiny_model
 
 from tl_laai import evaluation
 from tl_laai.decoding import Edit, longest_answer
@@ -241,3 +241,15 @@ def test_gemma_answers_more_capitals_when_shown_ten(gemma: Any) -> None:
     assert zero_shot.exact_match <= 0.25
     assert few_shot.exact_match >= 0.5
     assert few_shot.log_probability > zero_shot.log_probability + 1
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_modes_change_no_evaluation(backend: str, mode: Any) -> None:
+    model = tiny_model(backend, "llama", dtype=torch.float32)
+    intervention = Intervention({1: torch.ones(4, 8)}, "every_step", fingerprint(model))
+    edits = {"none": Edit(), "some": as_edit(model, intervention)}
+    with mode():
+        found = evaluate_edits(model, EXAMPLES, edits)
+    assert found == evaluate_edits(model, EXAMPLES, edits)

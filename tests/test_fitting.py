@@ -185,6 +185,9 @@ def test_a_start_is_where_the_fit_begins(model: Any) -> None:
     again = dataclasses.replace(problem, start=delta_of(first))
     (second,) = fit_many(model, [again], max_evaluations=200, tolerance=1e-4)
     assert first.solution.status is Status.CONVERGED
+    assert "start" not in first.intervention.provenance
+    norm = float(delta_of(first).norm())
+    assert second.intervention.provenance["start"]["norm"] == pytest.approx(norm)
     assert second.solution.n_evaluations <= 2 < first.solution.n_evaluations
     assert second.solution.history[0].objective == pytest.approx(first.solution.objective)
     torch.testing.assert_close(delta_of(second), delta_of(first), rtol=0, atol=1e-3)

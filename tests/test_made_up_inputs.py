@@ -23,10 +23,10 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def test_made_up_inputs_are_new_repeatable_and_cut_where_the_template_goes_on(model: Any) -> None:
-    made = make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=1)
-    assert made == make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=1)
-    assert made != make_up_inputs(model, SHOWN, 5, template=TEMPLATE, seed=2)
-    assert len(set(made)) == len(made) == 5
+    made = make_up_inputs(model, SHOWN, 40, template=TEMPLATE, seed=1)
+    assert made == make_up_inputs(model, SHOWN, 40, template=TEMPLATE, seed=1)
+    assert made != make_up_inputs(model, SHOWN, 40, template=TEMPLATE, seed=2)
+    assert 5 <= len(set(made)) == len(made) <= 40  # most of what a random model says is cut off
     for text in made:
         assert ">" not in text
         assert text.strip() == text != ""
@@ -42,6 +42,8 @@ def test_made_up_inputs_end_where_all_of_the_template_goes_on(
     monkeypatch.setattr(made_up_inputs, "decode", lambda *_, **__: (answers,))
     template = PromptTemplate("{input} to me:", separator=";")
     assert make_up_inputs(model, SHOWN, 4, template=template) == ("water", "tea to you", "at")
+    answers = [answers[0], tuple(range(3, 3 + made_up_inputs._LONGEST_INPUT))]  # cut off
+    assert make_up_inputs(model, SHOWN, 4, template=template) == ("water",)
     with pytest.raises(ValueError, match=r"template has \{input\} 2 times"):
         make_up_inputs(model, SHOWN, 4, template=PromptTemplate("{input} or {input}"))
 

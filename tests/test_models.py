@@ -231,14 +231,15 @@ def test_the_check_leaves_the_model_as_found(backend: str) -> None:
     model = tiny_model(backend, "gpt2")
     model.train()
     model.blocks[1].eval()  # a mixture: each module's mode is its own
-    modes = [module.training for module in model.modules()]
+    roots = (model, getattr(model, "original_model", model))
+    modes = [module.training for root in roots for module in root.modules()]
     fired: list[str] = []
     name = "blocks.0.attn.hook_z"
     state = torch.random.get_rng_state()
     with model.hooks(fwd_hooks=[(name, lambda z, hook: fired.append("mine"))]):
         check_hook_contract(model)
         assert torch.equal(torch.random.get_rng_state(), state)
-        assert [module.training for module in model.modules()] == modes
+        assert [module.training for root in roots for module in root.modules()] == modes
         fired.clear()
         model(torch.tensor([[1, 2]]))
     assert fired == ["mine"]

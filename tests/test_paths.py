@@ -138,6 +138,15 @@ def test_paths_in_one_batch_are_those_walked_one_by_one(model: Any) -> None:
             assert a.fit.penalty.l1 == pytest.approx(0.05 * a.fit.penalty.group)
 
 
+def test_weights_of_a_problems_examples_are_those_of_its_path(model: Any) -> None:
+    first = tuple(float(i == 0) for i in range(len(EXAMPLES)))
+    problem = FitProblem(EXAMPLES, 2, weights=first)
+    [weighed] = fit_paths(model, [problem], alphas=[0.9], max_evaluations=3)
+    [alone] = fit_paths(model, [FitProblem(EXAMPLES[:1], 2)], alphas=[0.9], max_evaluations=3)
+    assert weighed.lambda_max == pytest.approx(alone.lambda_max, rel=1e-9)
+    assert weighed.points[0].fit.intervention.provenance["weights"] == list(first)
+
+
 def test_the_grid_is_even_on_a_log_scale_from_lambda_max_down(model: Any) -> None:
     path = fit_path(model, EXAMPLES[:1], layer=3, n_lambdas=3, ratio=0.25, max_evaluations=2)
     assert [point.alpha for point in path.points] == pytest.approx([1.0, 0.5, 0.25])

@@ -293,7 +293,7 @@ def test_a_share_of_labels_that_is_given_is_kept() -> None:
     ("objective", "share", "costs"),
     [
         # Two layers on all heads; then nine penalties of four evaluations; then one, two steps.
-        ("answers", 0.3, {"final": 2 * 2 * 3, "heads": 9 * 4 + 2 * (4 + 3)}),
+        ("answers", 0.0, {"final": 2 * 2 * 3, "heads": 9 * 4 + 2 * (4 + 3)}),
         ("distill", 0.3, {"distilled": 2 * 3, "heads": 9 * 4 + (4 + 3)}),
         ("distill", 0.0, {"distilled": 2 * 3, "mixed": 2 * 2 * 3, "heads": 9 * 4 + (4 + 3)}),
     ],
@@ -305,8 +305,9 @@ def test_no_more_heads_are_left_than_allowed(
     options: Any = {
         "layers": [1, 3], "n_folds": 2, "relax_steps": (2,), "max_evaluations": 4,
         "objectives": [objective],
-        "distillation": Distillation(inputs=("m", "no", "pq"), label_share=share),
     }  # fmt: skip
+    if objective == "distill":
+        options["distillation"] = Distillation(inputs=("m", "no", "pq"), label_share=share)
     chosen = fit_auto(
         model, EXAMPLES, **options, max_heads=2, progress=lambda *state: told.append(state)
     )
@@ -376,6 +377,27 @@ def test_a_number_of_heads_that_no_penalty_leaves_is_refused(model: Any) -> None
         fit_auto(model, EXAMPLES, **options | {"max_heads": 0})
 
 
+def test_labels_are_the_choice_where_the_teacher_has_no_room(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [Example(letter * 25, "xy") for letter in "abcdef"]  # fine alone, not one after another
+    chosen = fit_auto(
+        model, long, layers=[1], n_folds=2, relax_steps=(2,), max_evaluations=4,
+        objectives=["answers", "distill"],
+        distillation=Distillation(inputs=("m", "no", "pq"), label_share=0.3),
+    )  # fmt: skip
+    assert chosen.objective == "answers"
+    assert "distillation is left out of the choice" in caplog.text
+
+
+def test_examples_of_one_input_are_held_out_together(model: Any) -> None:
+    options: Any = {"layers": [1], "alphas": [0.5], "n_folds": 4, "relax_steps": (2,)}
+    twice = [*EXAMPLES[:4], *EXAMPLES[:4]]
+    own = fit_auto(model, twice, **options)
+    assert own.table == fit_auto(model, twice, groups=[e.input for e in twice], **options).table
+    assert own.table != fit_auto(model, twice, groups=range(8), **options).table
+
+
 @pytest.mark.parametrize("error", [NothingTaughtError("inputs"), None])
 def test_labels_are_the_choice_where_distilling_fails(
     model: Any,
@@ -426,6 +448,8 @@ def test_objectives_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="objectives is"):
         fit_auto(model, EXAMPLES, objectives=["teach"])  # type: ignore[list-item]  # on purpose
     question = [OptionExample(f"{i}?", ("A", "B"), (0.5, 0.5), question=str(i)) for i in range(4)]
+    with pytest.raises(ValueError, match=r"objectives is \['answers'\]: add 'distill'"):
+        fit_auto(model, EXAMPLES, distillation=Distillation())
     with pytest.raises(TypeError, match="the teacher reads them"):
         fit_auto(model, question, objectives=["distill"])
 

@@ -164,6 +164,9 @@ def test_unregularised_fits_take_a_fixed_number_of_steps_of_adam(bridge: Any, ou
     [row] = sweep_layers(bridge, [NEXT], out=out, **options)
     assert row["n_evaluations"] == sweeps.UNREGULARISED_STEPS + 1
     assert row["settings"]["solver"] == "adam"
+    options |= {"layers": [0], "solver": "proximal"}
+    [row] = sweep_layers(bridge, [NEXT], out=out.with_name("proximal.jsonl"), **options)
+    assert row["settings"]["max_evaluations"] == 150
 
 
 def test_what_is_not_finite_is_null_in_a_row() -> None:

@@ -14,6 +14,7 @@ forward (`tl_laai.prefix`) does not hold.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,8 @@ class Backend(ABC):
         self.n_ctx = int(cfg.n_ctx)
         self.dtype, self.device = kind_of_weights(model)
         self.verified_length = 0
+        # Its own modules are what runs: two threads would attend through each other's patterns.
+        self._at_work = threading.RLock()
         # Logits are what the unembedding makes of the last normalised residual times this.
         self.logit_scale = 1.0
 
@@ -209,19 +212,20 @@ class Backend(ABC):
             final.append(first_tensor(args, kwargs))
             raise _StopForward
 
-        try:
-            for layer in range(self.n_layers):
-                for module, hook in (
-                    (self.block(layer), block_hook(layer)),
-                    (self.attention(layer), attention_hook(layer)),
-                ):
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            handles.append(self.model.unembed.register_forward_pre_hook(stop, with_kwargs=True))
-            with torch.no_grad(), suppress(_StopForward):
-                self.logits(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self._at_work:
+            try:
+                for layer in range(self.n_layers):
+                    for module, hook in (
+                        (self.block(layer), block_hook(layer)),
+                        (self.attention(layer), attention_hook(layer)),
+                    ):
+                        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(self.model.unembed.register_forward_pre_hook(stop, with_kwargs=True))
+                with torch.no_grad(), suppress(_StopForward):
+                    self.logits(tokens)
+            finally:
+                for handle in handles:
+                    handle.remove()
         return final[0].to(self.device) * self.logit_scale if final else torch.empty(0)
 
     def note_block_call(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -267,18 +271,19 @@ class Backend(ABC):
             return forward
 
         attributes = [vars(self.attention(layer)) for layer in range(self.n_layers)]
-        # Other libraries too put a forward of their own on a module.
-        found = [own.get("forward") for own in attributes]
-        try:
-            for layer, own in enumerate(attributes):
-                own["forward"] = forward_of(layer)
-            with _without_dropout(self.model):
-                yield
-        finally:
-            for own, forward in zip(attributes, found, strict=True):
-                own.pop("forward", None)
-                if forward is not None:
-                    own["forward"] = forward
+        with self._at_work:
+            # Other libraries too put a forward of their own on a module.
+            found = [own.get("forward") for own in attributes]
+            try:
+                for layer, own in enumerate(attributes):
+                    own["forward"] = forward_of(layer)
+                with _without_dropout(self.model):
+                    yield
+            finally:
+                for own, forward in zip(attributes, found, strict=True):
+                    own.pop("forward", None)
+                    if forward is not None:
+                        own["forward"] = forward
 
 
 def rank_within(groups: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -321,7 +326,7 @@ def _without_dropout(model: Any) -> Iterator[None]:
     """Put every module in eval mode, and each back into its own mode afterwards."""
     # A bridge does not list all modules of the model that it wraps among its own.
     roots = (model, getattr(model, "original_model", model))
-    every = {module for root in roots if root.training for module in root.modules()}
+    every = {module for root in roots for module in root.modules()}
     training = [module for module in every if module.training]
     try:
         for module in training:

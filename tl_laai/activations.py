@@ -31,6 +31,7 @@ class LastToken:
     z: Float[Tensor, "n_layers n_prompts n_heads d_head"]
 
 
+@own_modes()
 def last_token(prompts: FrozenPrompts) -> LastToken:
     """Residuals and heads' outputs at the last prompt token, without an edit.
 
@@ -59,6 +60,7 @@ def last_token(prompts: FrozenPrompts) -> LastToken:
     return LastToken(torch.stack(residuals).to(wide), torch.stack(heads).to(wide))
 
 
+@own_modes()
 def losses_under(
     prompts: FrozenPrompts,
     deltas: Mapping[int, Float[Tensor, "n_problems n_heads d_head"]],

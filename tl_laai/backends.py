@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -11,6 +12,7 @@ from tl_laai.hooked_backend import HookedBackend
 
 __all__ = ["Backend", "backend_of", "own_modes", "rank_within"]
 
+_LOCK = threading.Lock()
 _BACKENDS: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
 
 
@@ -45,7 +47,8 @@ def backend_of(model: Any) -> Backend:
             f"model.cfg.{flag} is True: the engine keeps each group's keys once and cannot repeat "
             f"them by head. Set it to False (model.set_{flag}(False)) and fit again."
         )
-    known = _BACKENDS.get(model)
-    if known is None or (known.dtype, known.device) != kind_of_weights(model):
-        known = _BACKENDS[model] = kind(model)
+    with _LOCK:
+        known = _BACKENDS.get(model)
+        if known is None or (known.dtype, known.device) != kind_of_weights(model):
+            known = _BACKENDS[model] = kind(model)
     return known

@@ -109,14 +109,20 @@ def tune(
     grid = method.grid(model)
     if not grid:
         raise ValueError(f"method {method} has an empty grid: give it at least one setting.")
-    if n_folds > len(examples):
-        raise ValueError(f"n_folds is {n_folds}, more than the {len(examples)} examples: use fewer")
+    distinct = len(set(examples))
+    if n_folds > distinct:
+        raise ValueError(f"n_folds is {n_folds}, more than the {distinct} examples: use fewer")
     parts = cross_validation_folds(examples, n_folds, seed)
     losses, probabilities = [], []
     for i, held_out in enumerate(parts):
         known = [e for j, e in enumerate(examples) if j not in held_out]
         asked = [examples[j] for j in held_out]
-        edits = method.candidates(model, known, grid, template=template)
+        try:
+            edits = method.candidates(model, known, grid, template=template)
+        except ValueError as reason:
+            raise ValueError(
+                f"{type(method).__name__}, on all but fold {i + 1} of n_folds={n_folds}: {reason}"
+            ) from reason
         loss, probability = answer_scores(model, asked, [edits[s] for s in grid], template=template)
         losses.append(loss.mean(dim=1))
         probabilities.append(probability.mean(dim=1))

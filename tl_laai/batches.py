@@ -288,6 +288,7 @@ class FitBatch:
             provenance = {
                 "n_train": len(problem.examples),
                 **problem.provenance,
+                **_said(problem),
                 "layer": problem.layer,
                 "template": asdict(self.template),
                 "penalty": {
@@ -325,6 +326,17 @@ def _check_problem(problem: FitProblem) -> None:
             f"l1_ratio is {problem.l1_ratio} without alpha; give alpha too, or absolute weights "
             "as penalty=SparseGroupLasso(l1=..., group=...)."
         )
+
+
+def _said(problem: FitProblem) -> dict[str, Any]:
+    """What a problem says beyond its examples, for whoever would repeat the fit."""
+    said: dict[str, Any] = {}
+    # Those of distilled fits follow from what is told of the distillation.
+    if problem.weights is not None and "objective" not in problem.provenance:
+        said["weights"] = [float(weight) for weight in problem.weights]
+    if problem.start is not None and bool(problem.start.any()):
+        said["start"] = {"norm": float(problem.start.norm())}
+    return said
 
 
 def _penalties(

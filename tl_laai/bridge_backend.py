@@ -103,8 +103,16 @@ class BridgeBackend(Backend):
         rotary = kwargs.get("position_embeddings")
         if isinstance(rotary, tuple) and isinstance(rotary[0], Tensor):
             known = self._rotary.get(layer)
-            if known is None or known[0].shape[0] < rotary[0].shape[-2]:
-                cos, sin = (t.detach().reshape(-1, *t.shape[-2:])[0] for t in rotary)
+            cos, sin = (t.detach().reshape(-1, *t.shape[-2:])[0] for t in rotary)
+            if known is not None:
+                shared = min(len(cos), len(known[0]))
+                if not torch.allclose(cos[:shared], known[0][:shared], rtol=0, atol=1e-2):
+                    raise ValueError(
+                        f"model: its rotary positions depend on the length of a prompt, and one of "
+                        f"{len(cos)} tokens has others than one of {len(known[0])}. Load the model "
+                        "anew for prompts on the other side of its original context."
+                    )
+            if known is None or len(known[0]) < len(cos):
                 self._rotary[layer] = (cos, sin)
         elif self._has_own_tables:
             attn: Any = self.attention(layer)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_laai import objectives
-from tl_laai.backends import Backend
+from tl_laai.backends import Backend, own_modes
 from tl_laai.hooking import Position
 from tl_laai.packing import FrozenPrompts, Packing, SuffixCache, last_residual, run
 from tl_laai.vocabulary import cross_entropy, next_token
@@ -163,6 +163,7 @@ def _batches(prompts: FrozenPrompts, n_edits: int) -> Iterator[tuple[Tensor, Ten
     yield from zip(edit.split(ROWS_AT_ONCE), example.split(ROWS_AT_ONCE), strict=True)
 
 
+@own_modes()
 def answer_log_probabilities(
     prompts: FrozenPrompts, edits: Sequence[Edit]
 ) -> Float[Tensor, "n_edits n_examples"]:
@@ -185,6 +186,7 @@ def answer_log_probabilities(
     return out
 
 
+@own_modes()
 def option_log_probabilities(
     prompts: FrozenPrompts, edits: Sequence[Edit], options: Int[Tensor, "n_examples most_options"]
 ) -> Float[Tensor, "n_edits n_examples most_options"]:
@@ -220,6 +222,7 @@ def option_log_probabilities(
     return out
 
 
+@own_modes()
 def last_hidden(
     prompts: FrozenPrompts, edits: Sequence[Edit]
 ) -> Float[Tensor, "n_edits n_examples d_model"]:
@@ -268,6 +271,7 @@ def _edited(
         yield edit_of, example_of, packing, hidden
 
 
+@own_modes()
 def decode(
     prompts: FrozenPrompts,
     edits: Sequence[Edit],

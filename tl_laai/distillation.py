@@ -75,6 +75,8 @@ class Distillation:
                 f"label_share is {self.label_share}; give 0 or more and less than 1: with labels "
                 "alone the objective is 'answers'"
             )
+        if self.inputs is None and self.n_inputs < 1:
+            raise ValueError(f"n_inputs is {self.n_inputs}; at least one must be made up")
         if self.n_teachers < 1:
             raise ValueError(f"n_teachers is {self.n_teachers}; at least one is needed")
         if self.inputs is not None and not self.inputs:

@@ -114,7 +114,7 @@ def tune_fine_tuning(
     checkpoints = sorted(set(steps))
     if not (rates and checkpoints):
         raise ValueError("learning_rates or steps is empty: give at least one candidate of each.")
-    held_out = cross_validation_folds(examples, min(n_folds, len(examples)), seed)
+    held_out = cross_validation_folds(examples, min(n_folds, len(set(examples))), seed)
     training = Training.of(model, examples, config, batch_size, template, seed, hf_model)
     table: list[FineTuningCandidate] = []
     for rate in rates:

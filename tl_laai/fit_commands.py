@@ -141,11 +141,28 @@ def fit(
             f"--max-heads {max_heads} chooses among --alpha penalties, with the proximal solver: "
             "leave out --group, --l1, --penalty none and --solver adam"
         )
-    if by_validation and (weights is not None or solver == "adam"):
-        chosen = "--objective auto" if objective == "auto" else "--layer auto"
+    if l1_ratio and (weights is not None or alphas == []):
+        given = f"--preset {preset}" if preset else f"--l1-ratio {l1_ratio}"
         raise ValueError(
-            f"{chosen} chooses among --alpha penalties, with the proximal solver: give --layer a "
-            "number, and --objective answers or distill"
+            f"{given} sets the L1 penalty beside --alpha: leave out --group, --l1 and --penalty "
+            "none, or give --l1 instead of it"
+        )
+    if by_validation and (weights is not None or solver == "adam"):
+        causes = {
+            "--layer auto": fixed is None,
+            "--objective auto": objective == "auto",
+            "--preset relaxed": preset == "relaxed",
+            "--penalty auto": alphas is None,
+        }
+        chosen = next(cause for cause, holds in causes.items() if holds)
+        remedy = {
+            "--layer auto": "give --layer a number",
+            "--objective auto": "give --objective answers or distill",
+            "--preset relaxed": "leave it out, and give --relax a number",
+            "--penalty auto": "give --penalty none, --group or --l1",
+        }[chosen]
+        raise ValueError(
+            f"{chosen} chooses among --alpha penalties, with the proximal solver: {remedy}"
         )
     if by_validation and tolerance != DEFAULT_TOLERANCE:
         raise ValueError(

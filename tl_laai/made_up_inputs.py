@@ -67,10 +67,11 @@ def make_up_inputs(
         (samples,) = decode(prompts, [Edit()], max_new_tokens=_LONGEST_INPUT, generator=generator)
         for sample in samples:
             text = model.tokenizer.decode(list(sample)).split("\n", 1)[0]
-            if closing:
-                text = text.split(closing, 1)[0]
-            elif len(sample) == _LONGEST_INPUT:
+            goes_on = bool(closing) and closing in text
+            if len(sample) == _LONGEST_INPUT and not goes_on:
                 continue  # cut off
+            if goes_on:
+                text = text.split(closing, 1)[0]
             text = text.strip()
             if text and same_input_key(text) not in known:
                 found.setdefault(same_input_key(text), text)

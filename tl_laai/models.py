@@ -276,7 +276,9 @@ def check_hook_contract(model: Any) -> None:
     absent = [name for name in names if name not in model.hook_dict]
     if absent:
         raise ValueError(f"The model has no hook point {absent[0]}: {len(absent)} layers lack it.")
-    modes = [(module, module.training) for module in model.modules()]
+    # A bridge does not list all modules of the model that it wraps among its own.
+    roots = (model, getattr(model, "original_model", model))
+    modes = [(module, module.training) for root in roots for module in root.modules()]
     model.eval()
     try:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -138,13 +138,12 @@ def fit_paths(
 ) -> tuple[Path, ...]:
     """Walk the paths of many problems together; one path a problem, in order.
 
-    The problems' examples, layers and provenance are used, their penalties are not. `max_memory`
-    is how many GiB one chunk of rows may take above the model; all else is as in `fit_path`.
+    The problems' examples, their weights, layers and provenance are used, their penalties and
+    starts are not: a path starts from zero. `max_memory` is how many GiB one chunk of rows may
+    take above the model; all else is as in `fit_path`.
     """
     shares = _shares(alphas, n_lambdas, ratio)
-    bases = [
-        FitProblem(p.examples, p.layer, None, 1.0, l1_ratio, None, p.provenance) for p in problems
-    ]
+    bases = [replace(p, penalty=None, alpha=1.0, l1_ratio=l1_ratio, start=None) for p in problems]
     batch = FitBatch(model, bases, position=position, template=template, max_memory=max_memory)
 
     def walk(order: Sequence[float], start: Tensor) -> dict[float, tuple[Solution, ...]]:

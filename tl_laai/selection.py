@@ -29,7 +29,7 @@ from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.objectives import ObjectiveName
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample
-from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TooLongError
 from tl_laai.relaxation import LEARNING_RATE
 from tl_laai.rounds import (
     CHOOSING_EVALUATIONS,
@@ -42,7 +42,7 @@ from tl_laai.rounds import (
     check_choice,
 )
 from tl_laai.splits import cross_validation_folds, integer
-from tl_laai.tasks import Example
+from tl_laai.tasks import Example, same_input_key
 
 _LOG = logging.getLogger("tl_laai")
 
@@ -150,13 +150,14 @@ def fit_auto(
             0. About a quarter of the inputs is held out while layer and steps are chosen, among
             layers that labels rank first where there are more than three.
         groups: a label an example: those with the same label are held out together. None holds
-            out prompts that ask the same opinion question together, all else one by one.
+            out prompts that ask the same opinion question together, and examples of one input.
         n_folds: folds of the final round, at most the number of examples (or of labels).
         seed: of the assignment to folds.
         position: where Delta is added.
         template: how inputs become prompts.
-        max_evaluations: of each penalised fit, on a fold as on all examples; None for 40, and for
-            15 where it only chooses the entries of a relaxed one.
+        max_evaluations: of each penalised fit, on a fold as on all examples, and at most 12 while
+            layers are screened; None for 40, and for 15 where it only chooses the entries of a
+            relaxed one.
         learning_rate: of the relaxed fits.
         max_memory: GiB that one chunk of rows may take above the model.
         provenance: kept with the intervention.
@@ -180,6 +181,10 @@ def fit_auto(
     max_heads = None if max_heads is None else integer("max_heads", max_heads)
     n_folds, seed = integer("n_folds", n_folds), integer("seed", seed)
     json_provenance(provenance or {})
+    if distillation is not None and "distill" not in objectives:
+        raise ValueError(
+            f"distillation is given, and objectives is {list(objectives)}: add 'distill' to them."
+        )
     check_choice(model, examples, labels, candidates, shares, steps or (), objectives, max_heads)
     few = max_heads if max_heads != backend_of(model).n_heads else None  # all is no limit
     tried = Rounds(
@@ -199,7 +204,7 @@ def fit_auto(
     ranked: Sequence[int] = candidates
     if grid := tried.screening():
         table += search.score(
-            "screening", grid, SCREENING_FOLDS, tried.brief, SCREENING_EVALUATIONS
+            "screening", grid, SCREENING_FOLDS, tried.brief, min(limit, SCREENING_EVALUATIONS)
         )
         ranked = tried.apart([row.layer for row in best_first(table)])
     best: Candidate | None = None
@@ -214,7 +219,11 @@ def fit_auto(
     grid = tried.taught(ranked)
     if held_out is not None and grid:
         known = cast("Sequence[Example]", examples)
-        teacher = ask_teacher(model, known, template=template, groups=labels)
+        try:
+            teacher = ask_teacher(model, known, template=template, groups=labels)
+        except TooLongError as error:
+            _LOG.warning("distillation is left out of the choice: %s", error)
+            grid = []
     if grid and (teacher is None or held_out is None or does_better(teacher, held_out)):
         rows = _distilled(tried, search, grid, required=best is None)
         table += rows
@@ -321,8 +330,11 @@ def _distilled(
 
 
 def _labels(examples: Sequence[FitExample]) -> list[Hashable]:
-    """The question of opinion prompts that know theirs, else the example's own index."""
-    return [
-        example.question if isinstance(example, OptionExample) and example.question else i
-        for i, example in enumerate(examples)
-    ]
+    """What is held out together: prompts of one question, examples of one input."""
+
+    def label(i: int, example: FitExample) -> Hashable:
+        if isinstance(example, OptionExample):
+            return example.question or i
+        return same_input_key(example.input) if isinstance(example, Example) else i
+
+    return [label(i, example) for i, example in enumerate(examples)]

@@ -154,9 +154,10 @@ def sweep_layers(
         loaded = load_model(name)
     chosen = range(backend_of(loaded).n_layers) if given is None else given
     free = penalty is None and alpha is None
+    solver = solver or ("adam" if free else "proximal")
     weights = penalty or SparseGroupLasso(0.0, 0.0)
     if max_evaluations is None:
-        max_evaluations = UNREGULARISED_STEPS if free else 150
+        max_evaluations = UNREGULARISED_STEPS if free and solver == "adam" else 150
     units = [
         SweepUnit(
             model=fingerprint(loaded).name if name is None else Path(name).name,
@@ -168,7 +169,7 @@ def sweep_layers(
             l1=float(weights.l1),
             group=float(weights.group),
             alpha=None if alpha is None else float(alpha),
-            solver=solver or ("adam" if free else "proximal"),
+            solver=solver,
             max_evaluations=integer("max_evaluations", max_evaluations),
             learning_rate=float(learning_rate),
             tolerance=float(tolerance),
