@@ -3,11 +3,12 @@
     python experiments/table_opinions.py                # fits, evaluates; resumes
     python experiments/table_opinions.py --from-rows    # print the table only
 
-Split by question: no fit sees a held-out question of its split. Steps and learning rate of the fit
-were chosen on the training questions of one group and seed, and questions are shared by groups, so
-some held-out ones of other splits had a part in that choice. The fit learns from shares, in four
-orders of the options; few-shot prompts and baselines see the first eight of its questions, each
-with its most frequent answer; `fitted on 8` sees the same eight, with their shares.
+Split by question: no fit sees a held-out question of its split. Steps and learning rate of the fits
+were chosen on other splits, but questions are shared by splits and groups, so most held-out ones
+had a part in that choice. A fit learns from shares, in four orders of the options, over the whole
+vocabulary (`fitted, letters alone`: over the options' letters, for half as many steps); few-shot
+prompts and baselines see the first eight of its questions, each with its most frequent answer;
+`fitted on 8` sees the same eight, with their shares.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from tl_laai.rows import read_rows
 MODEL, LAYER = "gemma-3-270m", 9
 GROUPS = ("Democrat", "Republican", "under 30", "30-49", "50-64", "65+")
 SEEDS = (0, 1, 2, 3, 4)
-TRAIN_SHARE, N_ORDERS, STEPS, LEARNING_RATE = 26 / 46, 4, 45, 0.03
+TRAIN_SHARE, N_ORDERS, STEPS, LEARNING_RATE = 26 / 46, 4, 90, 0.03
+LETTERS_STEPS = 45  # of fits to the letters alone
 N_SHOWN = 8  # questions in the prompts from which baselines are made
 BASELINES = (
     "task-vector",
@@ -35,7 +37,8 @@ BASELINES = (
     "in-context-vector",
     "function-vector",
 )
-PARTS = ("fits", "shuffled answers", *BASELINES)
+LETTERS = "fitted, letters alone"
+PARTS = ("fits", LETTERS, "shuffled answers", *BASELINES)
 POLL = ROOT.parent / "shared" / "data" / "opinions" / "nonvoters_groups.jsonl"
 NAME = "table_opinions"
 
@@ -71,6 +74,8 @@ def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
             "uniform": uniform_floor(split.test),
             "training mean": mean_floor(split.test, split.train),
         }
+    elif part == LETTERS:
+        edits = {part: _fitted(model, asked(split.train, outside_weight=0.0), LETTERS_STEPS)}
     elif part == "shuffled answers":
         edits = {part: _fitted(model, asked(shuffled_shares(split.train, seed)))}
     else:
@@ -98,7 +103,7 @@ def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
     ]
 
 
-def _fitted(model: Any, examples: Any) -> Any:
+def _fitted(model: Any, examples: Any, steps: int = STEPS) -> Any:
     from tl_laai import FitProblem, fit_many
     from tl_laai.evaluation import as_edit
 
@@ -107,7 +112,7 @@ def _fitted(model: Any, examples: Any) -> Any:
         [FitProblem(examples, LAYER)],
         solver="adam",
         learning_rate=LEARNING_RATE,
-        max_evaluations=STEPS,
+        max_evaluations=steps,
     )
     return as_edit(model, fitted.intervention)
 
@@ -147,7 +152,7 @@ def show(rows: list[Row], measure: str) -> None:
     )
     print(MORE)
     lines = []
-    for ours in ("fitted", "fitted on 8"):
+    for ours in ("fitted", "fitted on 8") if "fitted" in found else ():
         for other in (method for method in found if method != ours):
             cells = [
                 _interval(found[ours].get(g, []), found[other].get(g, []), measure) for g in groups

@@ -430,7 +430,7 @@ def test_the_demo_fits_compares_shows_and_saves(
         ({"layer": -1}, "layer is -1; this model has layers 0 to 2"),
         ({"train": 16}, "has 15 distinct inputs, fewer than 16"),
         ({"alpha": 0.5, "group": 1}, "--alpha is a share of lambda_max"),
-        ({"l1-ratio": 0.5, "group": 1}, "l1_ratio is 0.5 without alpha"),
+        ({"l1-ratio": 0.5, "group": 1}, "--l1-ratio 0.5 sets the L1 penalty beside --alpha"),
         ({"template": "no place"}, "text must contain {input}"),
         ({"tolerance": -1}, "tolerance"),
         ({"template": "x" * 200 + "{input}"}, "more than the model's context of 128"),
