@@ -120,7 +120,6 @@ def opinions(
                 loaded,
                 examples,
                 alphas=None if alpha is None else [alpha],
-                relax_steps=(steps // 2, steps),
                 n_folds=3,
                 learning_rate=OPINION_LEARNING_RATE,
                 provenance=known,
