@@ -29,6 +29,7 @@ def test_every_token_has_a_place_of_its_own_in_the_grid_of_its_prefix(
     slots = packing.slot.tolist()
     assert len(set(slots)) == len(slots)
     u, r, s = packing.grid
+    assert u * r <= 2 * len(rows)
     for slot, (number, step, token) in zip(slots, expected, strict=True):
         assert slot % s == step
         assert packing.used[slot // (r * s)] == prompts.prefix_of[rows[number]]
@@ -46,6 +47,20 @@ def test_prefix_positions_end_with_each_prefix() -> None:
         n = int(prompts.prefix_lengths[which])
         assert position[:n].tolist() == list(range(n))
         assert bool((position[n:] > 10**9).all())
+
+
+def test_rows_of_a_prefix_on_several_lines_run_as_they_do_alone() -> None:
+    prompts = oracle.frozen()
+    prompts.enter_at([1])
+    rows = torch.tensor([4] * 11 + [0, 1, 2, 3])
+    together = Packing(prompts, rows)
+    assert len(together.used) > len(together.used.unique())
+    ran = []
+    with torch.no_grad():
+        for packing in (together, *(Packing(prompts, row[None]) for row in rows)):
+            entries = {1: prompts.residuals[1][packing.token]}
+            ran.append(last_residual(run(packing, entries, lambda _, z: z)))
+    assert oracle.relative(ran[0], torch.cat(ran[1:])) < 1e-12
 
 
 def test_rows_join_at_their_stage() -> None:

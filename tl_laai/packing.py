@@ -78,8 +78,10 @@ class Packing:
     """Where each token of a batch of rows sits in the padded grid that attention works on.
 
     Rows that share a prefix are stacked, so that its keys are multiplied once for all of them:
-    the grid is `[n_prefixes, rows a prefix, steps]`. Tokens enter in stages (rows whose edited
-    layer is higher join later); tokens of one stage are contiguous.
+    the grid is `[n_lines, rows a line, steps]`, and the rows of a line have one prefix. Where one
+    prefix has many more rows than others it has several lines, so that at most half of the places
+    for rows are empty. Tokens enter in stages (rows whose edited layer is higher join later);
+    tokens of one stage are contiguous.
 
     Args:
         prompts: the frozen prompts.
@@ -110,13 +112,19 @@ class Packing:
         self.token = prompts.offsets[rows][self.row] + self.step
         self.positions = prompts.positions[self.token]
         self.last = starts + lengths - 1
-        self.used, prefix = torch.unique(prompts.prefix_of[rows], return_inverse=True)
+        used, prefix, counts = torch.unique(
+            prompts.prefix_of[rows], return_inverse=True, return_counts=True
+        )
+        width = _line_width(counts)
+        lines = -(-counts // width)
+        self.used = torch.repeat_interleave(used, lines)  # prefix of each line
         rank = rank_within(prefix)
+        line = (torch.cumsum(lines, 0) - lines)[prefix] + rank // width
         backend = prompts.backend
         least = least_steps(backend.n_heads // backend.n_kv_heads, backend.d_head)
         steps = max(int(lengths.max()), least)
-        self.grid = (len(self.used), int(rank.max()) + 1, steps)
-        self.row_slot = prefix * self.grid[1] + rank
+        self.grid = (len(self.used), width, steps)
+        self.row_slot = line * width + rank % width
         self.slot = self.row_slot[self.row] * self.grid[2] + self.step
         per_stage = torch.bincount(stages.to(device)[self.row], minlength=n_stages)
         self.n_tokens = torch.cumsum(per_stage, 0).tolist()
@@ -146,16 +154,29 @@ class Packing:
         return following
 
     def prefix(self, kept: Tensor) -> Tensor:
-        """Keys or values of the prefixes in use."""
-        return kept if len(self.used) == kept.shape[0] else kept[self.used]
+        """Keys or values of each line's prefix."""
+        return kept if self._one_line_each else kept[self.used]
+
+    @cached_property
+    def _one_line_each(self) -> bool:
+        n_prefixes = len(self.prompts.prefix_lengths)
+        return self.used.tolist() == list(range(n_prefixes))
 
     @cached_property
     def prefix_position(self) -> Tensor:
-        """Position of every prefix key, `[n_prefixes, room_for_keys]`; past the end: never."""
+        """Position of every prefix key, `[n_lines, room_for_keys]`; past the end: never."""
         kept = self.prompts.keys[0]
         lengths = self.prompts.prefix_lengths[self.used]
         at = torch.arange(kept.shape[2], device=lengths.device).expand(len(self.used), -1)
         return torch.where(at < lengths[:, None], at, _NEVER)
+
+
+def _line_width(counts: Int[Tensor, " n_prefixes"]) -> int:
+    """The most rows a line at which at most half of the places of all lines are empty."""
+    width = int(counts.max())
+    while int((-(-counts // width)).sum()) * width > 2 * int(counts.sum()):
+        width = -(-width // 2)
+    return width
 
 
 @dataclass
