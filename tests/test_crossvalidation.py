@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from test_selection import EXAMPLES
+from test_surveys import QUESTIONS, TEMPLATE
 
 from tl_laai.batches import FitProblem
 from tl_laai.candidates import Candidate, Trial
 from tl_laai.crossvalidation import CrossValidation
 from tl_laai.distillation import Distillation, teach, weighed
-from tl_laai.evaluation import AnswerRow, Evaluation, evaluate
+from tl_laai.evaluation import AnswerRow, Evaluation, as_edit, evaluate
 from tl_laai.fitting import fit, fit_many, taught_problem
+from tl_laai.opinions import option_examples
 from tl_laai.problems import engine_for
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
 from tl_laai.splits import cross_validation_folds, seeded_order
+from tl_laai.surveys import evaluate_opinions, question_losses
 
 FOLDS = cross_validation_folds(EXAMPLES, 3, 5)
 EVALUATIONS, LEARNING_RATE = 6, 0.1
@@ -86,6 +90,30 @@ def test_scores_are_those_of_fits_made_fold_by_fold(
             )
             slow.append(held_out_scores(model, own.intervention.deltas, held_out))
         check(row, *map(list, zip(*slow, strict=True)))
+
+
+def test_opinions_are_scored_by_the_averaged_answers_to_each_question(model: Any) -> None:
+    prompts = option_examples(QUESTIONS, n_orders=3, template=TEMPLATE)
+    folds = [range(3), range(3, 9)]
+    search = replace(search_on(model), examples=prompts, folds=folds)
+    rows = search.score("final", [Trial(1, 0.0), Trial(3, 0.5)], 2, (5,))
+    for row in rows:
+        slow = []
+        for held_out in folds:
+            known = [e for i, e in enumerate(prompts) if i not in held_out]
+            own = fit(model, known, layer=row.layer, alpha=row.alpha, relax_steps=5,
+                      max_evaluations=EVALUATIONS)  # fmt: skip
+            edits = {"own": as_edit(model, own.intervention)}
+            asked = [q for q in QUESTIONS if q.id in {prompts[i].question for i in held_out}]
+            [found] = evaluate_opinions(model, asked, edits, n_orders=3, template=TEMPLATE).values()
+            unnamed = question_losses(model, [prompts[i] for i in held_out], [*edits.values()])
+            silent = [replace(prompts[i], outside_weight=0.0) for i in held_out]
+            among = question_losses(model, silent, [*edits.values()])
+            assert among.mean().item() == pytest.approx(found.mean("kl"), rel=1e-9)
+            slow.append(unnamed.mean().item())
+        assert row.fold_losses == pytest.approx(slow, rel=1e-6)
+        assert row.fold_scores == tuple(-loss for loss in row.fold_losses)
+        assert row.validation_probability is None
 
 
 def test_answers_are_those_of_each_folds_own_fit_to_what_it_was_not_fitted_on(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,15 @@ from tl_laai.decoding import Edit, option_log_probabilities
 from tl_laai.fitting import fit
 from tl_laai.opinions import OpinionQuestion, OpinionTemplate, option_examples
 from tl_laai.prefix import freeze
+from tl_laai.problems import engine_for
 from tl_laai.prompts import TokenisedExample, tokenise_options
-from tl_laai.surveys import MEASURES, evaluate_opinions, mean_floor, uniform_floor
+from tl_laai.surveys import (
+    MEASURES,
+    evaluate_opinions,
+    mean_floor,
+    question_losses,
+    uniform_floor,
+)
 
 # Byte-level tokens: a name must be one character; contexts hold 128.
 TEMPLATE = OpinionTemplate(
@@ -108,6 +116,38 @@ def test_rows_are_those_of_plain_forwards_one_prompt_at_a_time(
             )
             assert row.total_variation == pytest.approx(abs(group - predicted).sum() / 2)
             assert row.wasserstein == pytest.approx(carried(group, predicted), abs=1e-9)
+
+
+def test_losses_of_questions_are_those_of_their_averaged_answers_by_plain_forwards(
+    model: Any,
+) -> None:
+    edits = edits_of(model)
+    weight = 0.3
+    prompts = option_examples(QUESTIONS, n_orders=3, seed=1, template=TEMPLATE)
+    weighed = [replace(e, outside_weight=weight) for e in prompts[::-1]]  # no order is assumed
+    found = question_losses(model, weighed, list(edits.values()))
+    for own, edit in zip(found, edits.values(), strict=True):
+        slow = []
+        for question in QUESTIONS[::-1]:
+            shares = slow_shares(model, question, edit, 3, ())
+            inside = shares.sum(axis=1, keepdims=True)
+            kl = divergence(question.distribution, (shares / inside).mean(axis=0))
+            slow.append(kl - weight * np.log(inside).mean())
+        assert own.tolist() == pytest.approx(slow, rel=1e-9)
+
+
+def test_losses_of_questions_that_are_asked_once_are_the_loss_of_a_fit(model: Any) -> None:
+    [prompt, *others] = option_examples(QUESTIONS, n_orders=1, template=TEMPLATE)
+    same_name = replace(prompt, distribution=prompt.distribution[::-1])  # another group's answers
+    asked = [prompt, same_name, replace(prompt, question=""), replace(prompt, question=""), *others]
+    own = replace(others[0], order=(), question="none")  # names in the question's own order
+    delta = oracle.random_delta(model)
+    losses = question_losses(model, [*asked, own], [Edit({1: delta})])
+    slow = [
+        engine_for(model, [[e]], layers=[1]).losses(delta[None], torch.tensor([0])).item()
+        for e in [*asked, own]
+    ]
+    assert losses[0].tolist() == pytest.approx(slow, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma", "neox"])

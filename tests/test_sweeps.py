@@ -22,7 +22,7 @@ import pytest
 import torch
 from tiny import tiny_hf, tiny_model, tiny_tokenizer
 
-from tl_laai import sweeps
+from tl_laai import sweep_units, sweeps
 from tl_laai.evaluation import evaluate
 from tl_laai.fitting import fit
 from tl_laai.penalties import SparseGroupLasso
@@ -170,8 +170,8 @@ def test_unregularised_fits_take_a_fixed_number_of_steps_of_adam(bridge: Any, ou
 
 
 def test_what_is_not_finite_is_null_in_a_row() -> None:
-    assert sweeps._finite(float("inf")) is None
-    assert sweeps._finite(0.5) == 0.5
+    assert sweep_units._finite(float("inf")) is None
+    assert sweep_units._finite(0.5) == 0.5
 
 
 def test_progress_counts_rows_from_those_that_are_there_to_all(bridge: Any, out: Path) -> None:
@@ -380,7 +380,7 @@ def assert_agree(rows: Rows, expected: Rows) -> None:
 def test_threads_take_turns_with_their_one_model(
     folder: str, out: Path, by_name: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_unit, inside, most = sweeps.run_unit, [0], [0]
+    run_unit, inside, most = sweep_units.run_unit, [0], [0]
 
     def watched(model: Any, unit: Any) -> Rows:
         inside[0] += 1
@@ -390,7 +390,7 @@ def test_threads_take_turns_with_their_one_model(
         inside[0] -= 1
         return rows
 
-    monkeypatch.setattr(sweeps, "run_unit", watched)
+    monkeypatch.setattr(sweep_units, "run_unit", watched)
     with ThreadPoolExecutor(4) as pool:
         options = QUICK | {"seeds": range(5), "out": out, "executor": pool}
         assert_agree(sweep_layers(folder, [NEXT], **options), by_name)

@@ -4,7 +4,9 @@ Labelled answers are scored by their probability, the whole answer's, averaged o
 examples: the exact match to be expected if the model's answers were drawn instead of decoded. It
 follows exact match, but moves before an answer is right. The cross-entropy, told beside it,
 does not: one held-out answer of a probability near zero outweighs nine that are right. Opinion
-questions are scored by what they are fitted by, the KL from the group.
+questions are scored by what they are fitted by, the KL from the group, but after averaging the
+answers to the prompts of a question, as surveys report it: what a model says of positions, which
+averaging takes out, would let fits win that do little.
 
 Distilled fits are scored in two ways. How near they come to the teacher on inputs that were held
 out from them says which layer and how many steps; no label is needed for that, and the teacher
@@ -35,6 +37,7 @@ from tl_laai.lessons import Lessons
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample, engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample
+from tl_laai.surveys import question_losses
 from tl_laai.tasks import Example
 
 
@@ -232,8 +235,6 @@ class CrossValidation:
         self, grid: Sequence[Trial], deltas: Tensor, asked: Sequence[Sequence[FitExample]]
     ) -> tuple[Tensor, Tensor | None]:
         """Losses and probabilities on the held-out parts, `[n_trials, n_folds]` each."""
-        if all(isinstance(e, OptionExample) for part in asked for e in part):
-            return _losses(self._engine(grid, asked), deltas), None
         is_taught = any(trial.objective == "distill" for trial in grid)
         template = replace(self.template, answer_end="") if is_taught else self.template
         loss, probability = [], []
@@ -242,11 +243,16 @@ class CrossValidation:
                 Edit({trial.layer: own}, self.position)
                 for trial, own in zip(grid, deltas[:, k], strict=True)
             ]
+            if all(isinstance(example, OptionExample) for example in part):
+                options = cast("Sequence[OptionExample]", part)
+                loss.append(question_losses(self.model, options, edits).mean(dim=1))
+                continue
             labelled = cast("Sequence[Example]", part)
             found = answer_scores(self.model, labelled, edits, template=template)
             loss.append(found[0].mean(dim=1))
             probability.append(found[1].mean(dim=1))
-        return torch.stack(loss, dim=1), torch.stack(probability, dim=1)
+        likely = torch.stack(probability, dim=1) if probability else None
+        return torch.stack(loss, dim=1), likely
 
     def _engine(self, grid: Sequence[Trial], asked: Sequence[Sequence[FitExample]]) -> Engine:
         """Every trial on every part, in this order."""

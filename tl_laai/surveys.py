@@ -10,13 +10,14 @@ any letter, whose probability `outside` leaves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from tl_laai.decoding import Edit, option_log_probabilities
 from tl_laai.evaluation import as_edit
@@ -31,6 +32,7 @@ from tl_laai.opinions import (
     DEFAULT_OPINION_TEMPLATE,
     OpinionQuestion,
     OpinionTemplate,
+    OptionExample,
     option_examples,
 )
 from tl_laai.polls import OpinionSplit, check_no_shared_question
@@ -147,28 +149,50 @@ def evaluate_opinions(
     examples = option_examples(
         questions, n_orders=n_orders, seed=seed, template=template, demonstrations=demonstrations
     )
-    tokens = [tokenise_options(model, example) for example in examples]
-    prompts = freeze(
-        model,
-        [
-            TokenisedExample(prompt, (), e.question, "")
-            for (prompt, _), e in zip(tokens, examples, strict=True)
-        ],
-        share_prefix=bool(demonstrations),
-    )
-    options = torch.full((len(examples), max(len(names) for _, names in tokens)), -1)
-    for i, (_, names) in enumerate(tokens):
-        options[i, : len(names)] = torch.tensor(names)
-    log_p = option_log_probabilities(prompts, list(edits.values()), options).numpy()
+    shares = _shares(model, examples, list(edits.values()), share_prefix=bool(demonstrations))
     results = {}
-    for name, own in zip(edits, log_p, strict=True):
-        rows = []
-        for i, question in enumerate(questions):
-            asked = range(i * n_orders, (i + 1) * n_orders)
-            shares = np.exp([own[j, np.argsort(examples[j].order)] for j in asked])
-            rows.append(_row(question, shares))
+    for name, own in zip(edits, shares, strict=True):
+        rows = [
+            _row(question, np.array(own[i * n_orders : (i + 1) * n_orders]))
+            for i, question in enumerate(questions)
+        ]
         results[name] = OpinionEvaluation(tuple(rows))
     return results
+
+
+def question_losses(
+    model: Any, examples: Sequence[OptionExample], edits: Sequence[Edit]
+) -> Float[Tensor, "n_edits n_questions"]:
+    """What a fit's loss is of each question once the answers to its prompts are averaged.
+
+    The KL from the group to that average among the options, and the mean surprisal of naming any,
+    times `outside_weight`: with one prompt a question, the loss itself.
+
+    Example:
+        >>> question_losses(model, option_examples(split.test), [Edit()]).mean()  # doctest: +SKIP
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        examples: prompts with the same `question` and shares are averaged; each that has no
+            `question` stands for itself.
+        edits: what is done to the model.
+
+    Returns:
+        In nats; questions in the order of their first prompts.
+    """
+    asked: dict[Hashable, list[int]] = {}
+    groups = [np.asarray(e.distribution)[_own_order(e)] for e in examples]
+    for i, example in enumerate(examples):
+        key = (example.question, *groups[i]) if example.question else i
+        asked.setdefault(key, []).append(i)
+    losses = np.zeros((len(edits), len(asked)))
+    for own, shares in zip(losses, _shares(model, examples, edits), strict=True):
+        for k, prompts in enumerate(asked.values()):
+            inside = np.array([shares[i].sum() for i in prompts])
+            among = np.mean([shares[i] / shares[i].sum() for i in prompts], axis=0)
+            weights = np.array([examples[i].outside_weight for i in prompts])
+            own[k] = kl_divergence(groups[prompts[0]], among) - (weights * np.log(inside)).mean()
+    return torch.from_numpy(losses)
 
 
 def compare_opinions(
@@ -241,6 +265,37 @@ def mean_floor(
         flat = (1 / len(question.options),) * len(question.options)
         predicted.append(np.mean(alike or [flat], axis=0, keepdims=True))
     return OpinionEvaluation(tuple(map(_row, questions, predicted)))
+
+
+def _own_order(example: OptionExample) -> list[int]:
+    """Where each option of the question, in its own order, stands in the prompt."""
+    order = example.order or range(len(example.names))
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _shares(
+    model: Any,
+    examples: Sequence[OptionExample],
+    edits: Sequence[Edit],
+    *,
+    share_prefix: bool = False,
+) -> list[list[np.ndarray]]:
+    """Probability of each option, in its question's own order: one array an edit and prompt."""
+    tokens = [tokenise_options(model, example) for example in examples]
+    prompts = freeze(
+        model,
+        [
+            TokenisedExample(prompt, (), e.question, "")
+            for (prompt, _), e in zip(tokens, examples, strict=True)
+        ],
+        share_prefix=share_prefix,
+    )
+    options = torch.full((len(examples), max(len(names) for _, names in tokens)), -1)
+    for i, (_, names) in enumerate(tokens):
+        options[i, : len(names)] = torch.tensor(names)
+    shares = option_log_probabilities(prompts, edits, options).exp().numpy()
+    orders = [_own_order(example) for example in examples]
+    return [[row[order] for row, order in zip(own, orders, strict=True)] for own in shares]
 
 
 def _row(question: OpinionQuestion, shares: Float[np.ndarray, "n_orders n_options"]) -> OpinionRow:
