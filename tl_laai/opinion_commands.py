@@ -56,7 +56,7 @@ def opinions(
         typer.Option(min=1, help="With a number as --layer: at most; 90, letters alone 45."),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of adam, without --alpha: 0.03.")
+        float | None, typer.Option(help="With a number as --layer, without --alpha: 0.03.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions and the orders.")] = 0,
     backend: AnyBackend = "auto",
@@ -121,7 +121,6 @@ def opinions(
                 examples,
                 alphas=None if alpha is None else [alpha],
                 n_folds=3,
-                learning_rate=OPINION_LEARNING_RATE,
                 provenance=known,
                 progress=lambda _, done, total: progress(done, total),
             ).fit
