@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -18,7 +19,7 @@ from tl_laai.methods import Method, Setting
 from tl_laai.prompts import tokenise
 from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example
-from tl_laai.vectors import MeanDifference, TaskVector
+from tl_laai.vectors import FunctionVector, MeanDifference, TaskVector
 
 MORE = (*EXAMPLES, Example("ijk", "ts"), Example("l", "r"))
 TEST = (Example("m", "xy"), Example("nop", "z"))
@@ -127,3 +128,9 @@ def test_what_cannot_be_tuned_is_refused(model: Any) -> None:
         tune(model, alike, METHODS["mean-difference"])
     with pytest.raises(ValueError, match="empty grid"):
         tune(model, MORE, TaskVector(layers=()))
+    with pytest.raises(ValueError, match="n_heads holds 0; give 1 or more"):
+        tune(model, MORE, FunctionVector(n_heads=(0,)))
+    with pytest.raises(ValueError, match="n_folds is 5, more than the 4 inputs"):
+        tune(model, [*MORE[:4], replace(MORE[0], output="other")], TaskVector(), n_folds=5)
+    with pytest.raises(ValueError, match="methods holds 'few-shot', which is a row already"):
+        compare_methods(model, MORE, MORE, methods={"few-shot": TaskVector()})

@@ -223,7 +223,7 @@ def test_fit_passes_every_option_on(
 
 
 def test_fit_distils_on_inputs_from_a_file(inside: Path, tmp_path: Path) -> None:
-    (tmp_path / "inputs.txt").write_text("q\n\n r \n", encoding="utf-8")
+    (tmp_path / "inputs.txt").write_text("q\r\n\n r \n", encoding="utf-8-sig")
     options = {"objective": "distill", "inputs": tmp_path / "inputs.txt", "label-share": 0.25}
     out = tmp_path / "distilled"
     changes = {"alpha": 0.5, "max-evaluations": 3, "out": out}

@@ -18,7 +18,7 @@ from tl_laai.evaluation import AnswerRow, Evaluation, as_edit, evaluate, evaluat
 from tl_laai.fingerprints import fingerprint
 from tl_laai.interventions import Intervention
 from tl_laai.metrics import exact_match
-from tl_laai.prompts import PromptTemplate, decoded_answer, tokenise
+from tl_laai.prompts import PromptTemplate, TooLongError, decoded_answer, tokenise
 from tl_laai.tasks import Example, Task
 
 EXAMPLES = tuple(
@@ -43,6 +43,8 @@ def slow_rows(
     """Each example alone, each token by a full forward."""
     rows = []
     options = {} if template is None else {"template": template}
+    if demonstrations:  # whose answers end with an empty line
+        options = {"template": PromptTemplate(answer_end="\n\n")}
     batch = tokenise(model, examples, demonstrations=demonstrations, **options)
     for example, tokenised in zip(examples, batch, strict=True):
         written = oracle.greedy_continuation(
@@ -100,6 +102,18 @@ def test_few_shot_rows_are_those_of_one_by_one(model: Any) -> None:
     assert [r.prediction for r in got.rows] != [
         r.prediction for r in evaluate(model, EXAMPLES).rows
     ]
+
+
+def test_answers_that_just_fit_the_context_are_decoded_as_far_as_it_reaches(model: Any) -> None:
+    [plain] = tokenise(model, [Example("x", "yz")])
+    room = model.cfg.n_ctx - len(plain.prompt) - len(plain.answer)
+    last = Example("x" * (1 + room), "yz")
+    [row] = evaluate(model, [last]).rows
+    assert row.target == "yz"
+    with pytest.raises(TooLongError, match=r"max_new_tokens is 9: .* Ask for fewer"):
+        evaluate(model, [last], max_new_tokens=9)
+    with pytest.raises(ValueError, match="max_new_tokens is 0; give 1 or more"):
+        evaluate(model, [last], max_new_tokens=0)
 
 
 def test_demonstrations_and_an_intervention_go_together(model: Any) -> None:

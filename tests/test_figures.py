@@ -305,6 +305,13 @@ def test_one_task_is_its_own_thick_line() -> None:
     assert line.get_label() == "antonym"
 
 
+def test_a_lone_layer_is_a_point_at_its_number() -> None:
+    rows = [row for row in sweep_rows(("antonym",)) if row["layer"] == 1]
+    axes = layer_sweep(rows)
+    assert axes.lines[0].get_marker() == "o"
+    assert axes.get_xticks().tolist() == [1]
+
+
 # --- Figure 2: the values of Delta ---------------------------------------------------------------
 
 

@@ -78,10 +78,17 @@ def test_rows_of_an_adapter_are_those_of_one_by_one(monkeypatch: pytest.MonkeyPa
 # ------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3"])
-def test_the_first_loss_is_that_of_the_engine(method: Any) -> None:
-    model = oracle.shared_model("bridge", "gemma")
-    got = trained(family="gemma", method=method)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma", {"method": "lora"}),
+        ("gemma", {"method": "ia3"}),
+        ("granite", {"method": "lora", "target_modules": "all-linear"}),  # scales its logits
+    ],
+)
+def test_the_first_loss_is_that_of_the_engine(family: str, options: dict[str, Any]) -> None:
+    model = oracle.shared_model("bridge", family)
+    got = trained(family=family, **options)
     expected = oracle.loss(model, tokenise(model, EXAMPLES))
     assert got.losses[0] == pytest.approx(float(expected), rel=1e-9)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs_hooked
+from safetensors.torch import load_file, save_file
 from tiny import (
     HAS_HOOKED,
     SLIDING_WINDOW,
@@ -159,6 +160,16 @@ def test_a_checkpoint_with_damaged_weights_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="could not be loaded"):
         load_model(place)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    place = save_tiny(tmp_path, "gpt2")
+    kept = load_file(place / "model.safetensors")
+    lost = next(name for name in kept if name.endswith("h.1.mlp.c_fc.weight"))
+    save_file({k: v for k, v in kept.items() if k != lost}, place / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(ValueError, match=r"lacks 1 of the weights, '.*h\.1\.mlp\.c_fc\.weight'"):
+        load_model(place, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -27,5 +27,8 @@ def test_a_recorded_poll_is_made_again_whatever_the_folder_holds(
     other = kept | {"opinions": kept["opinions"] | {"digest": "0"}}
     with pytest.raises(ValueError, match="have changed since the fit"):
         recorded_poll(other)
+    damaged = kept | {"opinions": {"group": "Republican"}}
+    with pytest.raises(ValueError, match="does not say source, digest, template of the questions"):
+        recorded_poll(damaged)
     with pytest.raises(ValueError, match="not all fitted on the same questions"):
         recorded_poll({"operation": "add", "parts": [kept, other]})

@@ -306,3 +306,11 @@ def test_rows_of_other_kinds_are_not_replaced_and_a_file_that_grows_is_left_alon
     path.write_bytes(b'{"kind": "sweep"}')  # whole, but for its line's end
     with pytest.raises(ValueError, match=r"rows of other kinds: sweep\. "):
         check_rows_file(path, "ablation")
+
+
+@pytest.mark.parametrize("field", ["model", "settings"])
+def test_rows_of_several_models_or_settings_are_no_picture(field: str) -> None:
+    one, other, *_ = some_rows()
+    assert checked([one | {field: {"a": 1}}, other], "sweep")
+    with pytest.raises(ValueError, match=f"mix several of {field}: .* choose one"):
+        checked([one | {field: {"a": 1}}, other | {field: {"a": 2}}], "sweep")

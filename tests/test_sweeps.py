@@ -137,7 +137,7 @@ def test_rows_are_those_of_single_fits_and_their_evaluations(
             "version": task.version,
             "digest": task.digest,
         }
-        assert set(row["provenance"]) == {"task", "versions", "backend", "weights_hash"}
+        assert set(row["provenance"]) == {"task", "versions", "backend", "dtype", "weights_hash"}
         assert row["settings"]["position"] == options.get("position", "prompt_end")
 
 
@@ -300,6 +300,14 @@ def test_rows_that_were_edited_are_refused(
 ) -> None:
     append_rows(out, [whole[0] | change])
     with pytest.raises(ValueError, match=message):
+        sweep_layers(bridge, [NEXT], out=out, layers=[0], **QUICK)
+
+
+def test_rows_of_another_dtype_are_refused(bridge: Any, out: Path, whole: Rows) -> None:
+    origin = whole[0]["provenance"]
+    assert origin["dtype"] == "float64"
+    append_rows(out, [whole[0] | {"provenance": origin | {"dtype": "bfloat16"}}])
+    with pytest.raises(ValueError, match=r"of a sweep with other dtype of the model \("):
         sweep_layers(bridge, [NEXT], out=out, layers=[0], **QUICK)
 
 

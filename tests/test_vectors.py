@@ -37,8 +37,11 @@ def others(i: int, examples: Any = EXAMPLES) -> list[Any]:
     return [e for j, e in enumerate(examples) if j != i]
 
 
-def slow_effects(model: Any) -> torch.Tensor:
-    """Average indirect effects, one head, one prompt and one full forward at a time."""
+def slow_effects(model: Any, n_tokens: int = 1) -> torch.Tensor:
+    """Average indirect effects, one head, one prompt and one full forward at a time.
+
+    On the probability of each answer's first tokens; its very first is the space.
+    """
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     effects = torch.zeros(n_layers, n_heads, dtype=torch.float64)
     wrong = shuffled_answers(EXAMPLES, 0)
@@ -50,20 +53,27 @@ def slow_effects(model: Any) -> torch.Tensor:
         mean = torch.stack(clean).mean(dim=0)
         for i, example in enumerate(EXAMPLES):
             prompt = prompt_after(model, others(i, wrong), example.input)
-            answer = tokens(model, DEFAULT_TEMPLATE.render("q") + " ")[-1]  # the first byte: " "
+            asked = DEFAULT_TEMPLATE.render("q")
+            answer = tokens(model, f"{asked} {example.output}")[len(tokens(model, asked)) :]
+            answer = answer[:n_tokens]
             own = heads(model, prompt, layer)
-            plain = oracle.logits_under_edits(model, prompt, len(prompt))[-1]
+
+            def likely(deltas: Any = None, prompt: Any = prompt, answer: Any = answer) -> Any:
+                read = [*prompt, *answer[:-1]]
+                logits = oracle.logits_under_edits(model, read, len(prompt), deltas or {})
+                found = logits[len(prompt) - 1 :].softmax(-1)
+                return torch.stack([found[k, token] for k, token in enumerate(answer)]).prod()
+
             for head in range(n_heads):
                 delta = torch.zeros_like(own)
                 delta[head] = mean[head] - own[head]
-                patched = oracle.logits_under_edits(model, prompt, len(prompt), {layer: delta})[-1]
-                rise = patched.softmax(-1)[answer] - plain.softmax(-1)[answer]
-                effects[layer, head] += rise / len(EXAMPLES)
+                effects[layer, head] += (likely({layer: delta}) - likely()) / len(EXAMPLES)
     return effects
 
 
 def test_a_function_vector_is_what_the_heads_of_largest_effect_write(model: Any) -> None:
-    effects = slow_effects(model)
+    effects = slow_effects(model, 2)  # all answers begin with a space, which is a token here
+    assert not torch.equal(effects, slow_effects(model))
     top = effects.flatten().argsort(descending=True)[:3].tolist()
     total = torch.zeros(model.cfg.d_model, dtype=torch.float64)
     for index in top:

@@ -148,6 +148,15 @@ def _head(hf_model: Any) -> Unembedding:
     return Unembedding(head.weight, getattr(head, "bias", None), softcap)
 
 
+def _final_hidden(hf_model: Any, **inputs: Any) -> Any:
+    """The base model's output, its last hidden state scaled as the model scales its logits."""
+    output = hf_model.base_model(**inputs)
+    output.last_hidden_state = output.last_hidden_state / getattr(
+        hf_model.config.get_text_config(), "logits_scaling", 1.0
+    )
+    return output
+
+
 def token_losses(hf_model: Any, examples: Sequence[TokenisedExample]) -> list[Tensor]:
     """Cross-entropy of each answer token, one tensor `[n_answer_tokens]` an example.
 
@@ -162,7 +171,8 @@ def token_losses(hf_model: Any, examples: Sequence[TokenisedExample]) -> list[Te
     mask = torch.tensor(
         [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=head.weight.device
     )
-    hidden = hf_model.base_model(
+    hidden = _final_hidden(
+        hf_model,
         input_ids=tokens,
         attention_mask=mask,
         position_ids=torch.arange(width, device=head.weight.device).expand(len(rows), -1),

@@ -21,7 +21,7 @@ from tl_laai.head_vectors import InferenceTimeIntervention, LearntHeads
 from tl_laai.methods import Method, Setting
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.splits import cross_validation_folds
-from tl_laai.tasks import Example
+from tl_laai.tasks import Example, same_input_key
 from tl_laai.vectors import FunctionVector, InContextVector, MeanDifference, TaskVector
 
 # Default grids were widened until what cross-validation chose from ten examples of eight rule tasks
@@ -109,10 +109,11 @@ def tune(
     grid = method.grid(model)
     if not grid:
         raise ValueError(f"method {method} has an empty grid: give it at least one setting.")
-    distinct = len(set(examples))
+    inputs = [same_input_key(example.input) for example in examples]
+    distinct = len(set(inputs))
     if n_folds > distinct:
-        raise ValueError(f"n_folds is {n_folds}, more than the {distinct} examples: use fewer")
-    parts = cross_validation_folds(examples, n_folds, seed)
+        raise ValueError(f"n_folds is {n_folds}, more than the {distinct} inputs: use fewer")
+    parts = cross_validation_folds(inputs, n_folds, seed)
     losses, probabilities = [], []
     for i, held_out in enumerate(parts):
         known = [e for j, e in enumerate(examples) if j not in held_out]
@@ -192,6 +193,9 @@ def compare_methods(
     """
     per_method = n_folds + 1
     total = per_method * len(methods) + 2
+
+    if own := [name for name in methods if name in ("zero-shot", "few-shot")]:
+        raise ValueError(f"methods holds {own[0]!r}, which is a row already: name it otherwise.")
 
     def tell(done: int) -> None:
         if progress is not None:

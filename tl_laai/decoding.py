@@ -19,6 +19,7 @@ from tl_laai import objectives
 from tl_laai.backends import Backend, own_modes
 from tl_laai.hooking import Position
 from tl_laai.packing import FrozenPrompts, Packing, SuffixCache, last_residual, run
+from tl_laai.prompts import TokenisedExample, TooLongError
 from tl_laai.vocabulary import cross_entropy, next_token
 
 ROWS_AT_ONCE = 512
@@ -297,12 +298,8 @@ def decode(
     Returns:
         `[n_edits][n_examples]` token tuples.
     """
+    check_room(prompts.examples, max_new_tokens, prompts.backend.n_ctx)
     longest = max(len(e.prompt) for e in prompts.examples) + max_new_tokens
-    if longest > prompts.backend.n_ctx:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens}: prompt and continuation would take {longest} "
-            f"tokens, and the model's context holds {prompts.backend.n_ctx}. Ask for fewer."
-        )
     prompts.backend.ensure_positions(longest)
     written: list[list[tuple[int, ...]]] = [[] for _ in edits]
     stacked = _Edits(edits, prompts)
@@ -377,6 +374,25 @@ class EndTokens:
         return self.known[token]
 
 
-def longest_answer(examples: Sequence[Any], *, margin: int = 4) -> int:
-    """How many tokens to decode for answers like these: the longest one and a margin."""
-    return max(len(e.answer) for e in examples) + margin
+def longest_answer(
+    examples: Sequence[TokenisedExample], n_ctx: int | None = None, *, margin: int = 4
+) -> int:
+    """How many tokens to decode for answers like these: the longest one and a margin.
+
+    Args:
+        examples: prompts and the answers expected.
+        n_ctx: tokens that the model's context holds: no more than fit are asked for.
+        margin: tokens more than the longest answer.
+    """
+    length = max(len(e.answer) for e in examples) + margin
+    return length if n_ctx is None else min(length, n_ctx - max(len(e.prompt) for e in examples))
+
+
+def check_room(examples: Sequence[TokenisedExample], max_new_tokens: int, n_ctx: int) -> None:
+    """Refuse continuations of more tokens than the context holds behind a prompt."""
+    longest = max(len(e.prompt) for e in examples) + max_new_tokens
+    if longest > n_ctx:
+        raise TooLongError(
+            f"max_new_tokens is {max_new_tokens}: prompt and continuation would take {longest} "
+            f"tokens, and the model's context holds {n_ctx}. Ask for fewer."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -137,7 +137,8 @@ def evaluate_edits(
         model: a `HookedTransformer` or `TransformerBridge`; left as found.
         examples: held-out examples.
         edits: name -> edit (`as_edit` makes one of an intervention; `Edit()` changes nothing).
-        demonstrations: examples shown in the prompt; none may be among `examples`.
+        demonstrations: examples shown in the prompt; none may be among `examples`. Answers behind
+            them are scored with the end that theirs have, the template's separator.
         template: how inputs become prompts.
         max_new_tokens: longest answer to decode; None for the longest target and a margin.
 
@@ -146,12 +147,19 @@ def evaluate_edits(
     """
     if not examples:
         raise ValueError("examples is empty: give at least one example to evaluate on.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more, or None.")
+    demonstrations = tuple(demonstrations)
     if demonstrations:
         check_disjoint(demonstrations, examples)
+        if template.answer_end and template.separator.startswith(template.answer_end):
+            # The answers shown end so, and the model ends its own as they do.
+            template = replace(template, answer_end=template.separator)
     tokenised = tokenise(model, examples, template=template, demonstrations=demonstrations)
     prompts = freeze(model, tokenised, share_prefix=bool(demonstrations))
     every = list(edits.values())
-    length = longest_answer(tokenised) if max_new_tokens is None else max_new_tokens
+    n_ctx = prompts.backend.n_ctx
+    length = longest_answer(tokenised, n_ctx) if max_new_tokens is None else max_new_tokens
     answers = decode(prompts, every, max_new_tokens=length)
     scores = answer_log_probabilities(prompts, every).tolist()
     return {

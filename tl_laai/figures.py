@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from tl_laai.canvas import (
     COLOURS,
@@ -92,13 +92,18 @@ def layer_sweep(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
             ax.plot(layers, means[i], **line_looks(i), label=wrap(task, 48))
     average = np.ma.masked_invalid(scores.mean(axis=0))
     label = "average" if len(tasks) > 1 else wrap(tasks[0], 48)
-    ax.plot(layers, average.mean(axis=1), color="black", linewidth=2.2, label=label, zorder=3)
+    alone = len(layers) == 1
+    marker = "o" if alone else None  # a line needs two
+    ax.plot(
+        layers, average.mean(axis=1), color="black", linewidth=2.2, marker=marker, label=label,
+        zorder=3,
+    )  # fmt: skip
     ax.fill_between(
         layers, average.min(axis=1), average.max(axis=1), color="black", alpha=0.18, linewidth=0
     )
     ax.set(xlabel="layer", ylabel="exact match (%)")
     percent_axis(ax, np.ma.masked_invalid(scores))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(FixedLocator(layers) if alone else MaxNLocator(integer=True))
     notes = [f"n = {_range(rows, 'n')} held-out examples, {count(len(seeds), 'seed')}"]
     notes += ["band: lowest to highest seed"] * (len(seeds) > 1)
     if rows[0]["penalty"] != "none":

@@ -37,7 +37,13 @@ from tl_laai.adapters import (
     token_losses,
 )
 from tl_laai.checkpoints import BUILT_IN
-from tl_laai.decoding import Edit, EndTokens, answer_log_probabilities, longest_answer
+from tl_laai.decoding import (
+    Edit,
+    EndTokens,
+    answer_log_probabilities,
+    check_room,
+    longest_answer,
+)
 from tl_laai.evaluation import Evaluation, answer_rows
 from tl_laai.fingerprints import fingerprint
 from tl_laai.models import load_model
@@ -107,13 +113,9 @@ class FineTuned:
         if not examples:
             raise ValueError("examples is empty: give at least one example to evaluate on.")
         tokenised = tokenise(self.model, examples, template=self.template)
-        length = longest_answer(tokenised) if max_new_tokens is None else max_new_tokens
-        longest = max(len(e.prompt) for e in tokenised) + length
-        if longest > self.model.cfg.n_ctx:
-            raise ValueError(
-                f"max_new_tokens is {length}: prompt and continuation would take {longest} tokens, "
-                f"and the model's context holds {self.model.cfg.n_ctx}. Ask for fewer."
-            )
+        n_ctx = self.model.cfg.n_ctx
+        length = longest_answer(tokenised, n_ctx) if max_new_tokens is None else max_new_tokens
+        check_room(tokenised, length, n_ctx)
         ends = EndTokens(self.model)
         answers: list[tuple[int, ...]] = []
         scores: list[float] = []

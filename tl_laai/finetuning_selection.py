@@ -17,7 +17,7 @@ from tl_laai.adapters import AdapterConfig, Method, adapted, token_losses
 from tl_laai.finetuning import BATCH_SIZE, FineTuned, Training
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.splits import cross_validation_folds
-from tl_laai.tasks import Example
+from tl_laai.tasks import Example, same_input_key
 
 # Of eight rule tasks with ten examples (Gemma 3 270M), LoRA chose 3e-4 over 1e-4 in all.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = {"lora": (3e-4, 1e-3), "ia3": (1e-2, 3e-2)}
@@ -114,7 +114,8 @@ def tune_fine_tuning(
     checkpoints = sorted(set(steps))
     if not (rates and checkpoints):
         raise ValueError("learning_rates or steps is empty: give at least one candidate of each.")
-    held_out = cross_validation_folds(examples, min(n_folds, len(set(examples))), seed)
+    inputs = [same_input_key(example.input) for example in examples]
+    held_out = cross_validation_folds(inputs, min(n_folds, len(set(inputs))), seed)
     training = Training.of(model, examples, config, batch_size, template, seed, hf_model)
     table: list[FineTuningCandidate] = []
     for rate in rates:

@@ -259,7 +259,11 @@ def _distillation(
         return None
     from tl_laai.distillation import Distillation
 
-    lines = None if inputs is None else inputs.read_text(encoding="utf-8").splitlines()
+    try:
+        # Not splitlines: an input may hold other separators than newlines.
+        lines = None if inputs is None else inputs.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--inputs {inputs} is not in UTF-8: {error}") from error
     given = None if lines is None else tuple(line.strip() for line in lines if line.strip())
     return Distillation(inputs=given, label_share=label_share, seed=seed)
 

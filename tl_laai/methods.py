@@ -145,6 +145,8 @@ def every_second(model: Any, layers: tuple[int, ...] | None) -> tuple[int, ...]:
 
 def possible_heads(model: Any, counts: Sequence[int]) -> tuple[int, ...]:
     """The counts, none of them above the number of heads that the model has."""
+    if out := [n for n in counts if n < 1]:
+        raise ValueError(f"n_heads holds {out[0]}; give 1 or more.")
     backend = backend_of(model)
     return tuple(dict.fromkeys(min(n, backend.n_layers * backend.n_heads) for n in counts))
 

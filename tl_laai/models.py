@@ -7,6 +7,7 @@ A model that you loaded with TransformerLens yourself is accepted everywhere as 
 from __future__ import annotations
 
 import os
+import pickle
 from typing import Any, Literal, get_args
 
 import torch
@@ -93,6 +94,8 @@ def load_model(
         raise ValueError(f"backend='hooked': {_why_not_hooked(source)} Use 'bridge' or 'auto'.")
     try:
         with quiet(progress_bars=source.folder is None):
+            if not hooked or source.folder is not None:  # else transformers may not know it
+                _check_complete(source.folder or source.name)
             if hooked:
                 assert where is not None
                 model = _load_hooked(source, official_name, where, dtype)
@@ -101,7 +104,7 @@ def load_model(
     except Exception as error:
         if device_map is not None:  # whose mistakes come as errors of many types
             raise ValueError(f"device_map={device_map!r}: {error}") from error
-        if not isinstance(error, (OSError, ValueError, SafetensorError)):  # what loaders raise
+        if not isinstance(error, _LOADER_ERRORS):
             raise
         raise ValueError(unknown_model(os.fspath(name_or_path), str(error))) from error
     model.requires_grad_(False)
@@ -112,6 +115,32 @@ def load_model(
     remember_origin(model, official_name or source.name, revision)
     check_hook_contract(model)
     return model
+
+
+# What loaders raise of files that are damaged, or no model's.
+_LOADER_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+def _check_complete(name: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint without some of the weights: loaders draw those at random, and warn."""
+    from transformers import AutoModelForCausalLM
+
+    # On the meta device names are matched, and nothing is read.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, device_map="meta", output_loading_info=True
+    )
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ValueError(
+            f"its checkpoint lacks {len(missing)} of the weights, {missing[0]!r} the first, which "
+            "would be random numbers; save or download it again."
+        )
 
 
 def _checked_device(device: str | torch.device | None) -> torch.device:

@@ -85,6 +85,13 @@ def recorded_poll(provenance: Mapping[str, Any]) -> PollData:
             "the parts of the intervention were not all fitted on the same questions of one group, "
             "so none are known to be held out; evaluate the parts, or give --task"
         )
+    missing = [name for name in ("group", "source", "digest", "template") if name not in asked]
+    missing += [name for name in ("train", "orders", "seed", "shots") if name not in split]
+    if missing:
+        raise ValueError(
+            f"provenance does not say {', '.join(missing)} of the questions: the folder is damaged "
+            "or written by another program; fit again"
+        )
     group, source, digest = (asked[name] for name in ("group", "source", "digest"))
     if source == "built-in":
         task = OpinionTask.load(group)

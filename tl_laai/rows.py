@@ -156,6 +156,13 @@ def checked(rows: Sequence[Row], kind: str) -> list[Row]:
     for field in schema.common:
         if len(values := values_of(rows, field)) > 1:
             raise ValueError(f"rows of kind {kind!r} mix several of {field}: {values}; choose one.")
+    for field in () if "model" in schema.unique else ("model", "settings"):
+        found = {json.dumps(row[field], sort_keys=True) for row in rows if field in row}
+        if len(found) > 1:
+            raise ValueError(
+                f"rows of kind {kind!r} mix several of {field}: {'; '.join(sorted(found))}; choose "
+                "one."
+            )
     seen: set[str] = set()
     for number, row in enumerate(rows):
         name = json.dumps({field: row[field] for field in schema.unique})

@@ -312,7 +312,7 @@ def _distilled(
     """Both rounds of distilled fits; none of their rows where they fail and are not required."""
     try:
         rows = search.score_by_teacher("distilled", grid, tried.taught_steps)
-    except NothingTaughtError as error:
+    except (NothingTaughtError, TooLongError) as error:
         if required:
             raise
         _LOG.warning("distillation is left out of the choice: %s", error)
@@ -324,7 +324,7 @@ def _distilled(
     steps = (best.relax_steps,) if tried.taught_steps else ()
     try:
         return rows + search.score("mixed", shares, MIXED_FOLDS, steps)
-    except NothingTaughtError as error:
+    except (NothingTaughtError, TooLongError) as error:
         _LOG.warning("label_share stays %g: %s", best.label_share, error)
         return rows
 

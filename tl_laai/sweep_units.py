@@ -115,6 +115,7 @@ def run_unit(model: Any, unit: SweepUnit) -> list[dict[str, Any]]:
                     },
                     "versions": dict(fit.intervention.provenance["versions"]),
                     "backend": mark.backend,
+                    "dtype": mark.dtype,
                     "weights_hash": mark.weights_hash,
                 },
             }

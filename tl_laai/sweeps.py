@@ -136,13 +136,14 @@ def sweep_layers(
     wanted = [(u.task.name, layer, u.seed) for u in units for layer in chosen]
     with only_writer(out):
         there = [row for row in complete_rows(out) if row["kind"] == "sweep"]
-        weights_hash = fingerprint(loaded).weights_hash if executor is None else None
-        _check_same_sweep(out, there, units, weights_hash)
+        mark = fingerprint(loaded) if executor is None else None
+        known = {} if mark is None else {"weights_hash": mark.weights_hash, "dtype": mark.dtype}
+        _check_same_sweep(out, there, units, known)
         found = {_key(row): row for row in there}
 
         def keep(rows: Sequence[dict[str, Any]]) -> None:
             for row in [*found.values()][:1]:
-                _check_same_sweep(out, rows, units, row["provenance"]["weights_hash"])
+                _check_same_sweep(out, rows, units, row["provenance"])
             new = [row for row in rows if _key(row) not in found]
             append_rows(out, new)
             found.update({_key(row): row for row in new})
@@ -191,9 +192,16 @@ def _check_same_sweep(
     out: str | os.PathLike[str],
     rows: Sequence[Mapping[str, Any]],
     units: Sequence[SweepUnit],
-    weights_hash: str | None,
+    model: Mapping[str, Any],
 ) -> None:
-    """Refuse rows that do not belong beside those of the units."""
+    """Refuse rows that do not belong beside those of the units.
+
+    Args:
+        out: where they are.
+        rows: what is there, or is to come there.
+        units: of the sweep.
+        model: its `weights_hash` and `dtype`, where they are known.
+    """
     settings = units[0].settings()
     by_task = {unit.task.name: unit for unit in units}
     try:
@@ -207,8 +215,10 @@ def _check_same_sweep(
             unit = by_task.get(row["task"])
             if "weights_hash" not in origin:
                 other.append("provenance")
-            elif weights_hash not in (None, origin["weights_hash"]):
+            elif model.get("weights_hash") not in (None, origin["weights_hash"]):
                 other.append("weights of the model")
+            elif "dtype" in origin and model.get("dtype") not in (None, origin["dtype"]):
+                other.append("dtype of the model")
             if unit is not None and _mapping(origin.get("task")).get("digest") != unit.task.digest:
                 other.append("examples")
             if unit is not None and row["n"] != unit.n_test:

@@ -7,6 +7,7 @@ all later ones are edited: what stands before them is kept, and computed once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,7 +81,10 @@ class FunctionVector(Method):
         wrong = leave_one_out(
             model, examples, shuffled_answers(examples, self.seed), template=template
         )
-        first = [replace(e, answer=e.answer[:1]) for e in wrong]
+        # What all answers begin with, such as a space that is a token, tells none from another.
+        columns = zip(*(e.answer for e in wrong), strict=False)
+        shared = len([*itertools.takewhile(lambda tokens: len({*tokens}) == 1, columns)])
+        first = [replace(e, answer=e.answer[: shared + 1]) for e in wrong]
         effects = average_indirect_effects(freeze(model, first), z.mean(dim=1))
         vectors = {
             n: _heads_sum(model, z, effects, n) for n in {given(s.n_heads) for s in settings}
@@ -100,7 +104,8 @@ def average_indirect_effects(
         >>> average_indirect_effects(corrupted, clean.z.mean(dim=1))  # doctest: +SKIP
 
     Args:
-        prompts: prompts with shuffled labels, with the right answers (their first tokens).
+        prompts: prompts with shuffled labels, with the right answers (up to their first tokens
+            that differ).
         mean_z: each head's mean output at the last token of right prompts.
 
     Returns:
