@@ -109,6 +109,18 @@ def test_methods_stand_beside_zero_shot_and_few_shot(model: Any) -> None:
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
+def test_of_several_methods_one_that_examples_do_not_allow_is_left_out_with_a_warning(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    alike = [Example(text, "x") for text in "abc"] + [Example("d", "y")]
+    methods = {"mean": METHODS["mean-difference"], "task": TaskVector(layers=(2,))}
+    got = compare_methods(model, alike, TEST, methods=methods)
+    assert [one.method for one in got] == ["zero-shot", "few-shot", "task"]
+    assert "mean is left out of the comparison: MeanDifference, on all but fold" in caplog.text
+    with pytest.raises(ValueError, match="MeanDifference, on all but fold"):
+        compare_methods(model, alike, TEST, methods={"mean": METHODS["mean-difference"]})
+
+
 def test_a_setting_whose_score_is_not_a_number_is_never_best() -> None:
     broken, sound = (Trial(Setting(layer=1), 3.0, 0.0, p) for p in (math.nan, 0.2))
     assert max(broken, sound, key=_score) == sound

@@ -167,6 +167,7 @@ def test_a_panel_above_shares_its_axis_and_covers_nothing() -> None:
     [
         (lambda: canvas.count(1, "head"), "1 head"),
         (lambda: canvas.count(0, "seed"), "0 seeds"),
+        (lambda: canvas.wrap("_mine"), " _mine"),  # legends leave out what begins with "_"
         (lambda: canvas.wrap("gemma-3-270m country-capital", 15), "gemma-3-270m\ncountry-capital"),
     ],
 )

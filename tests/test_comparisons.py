@@ -52,6 +52,15 @@ def test_methods_are_shown_beside_prompting_and_kept_as_rows(room: Path, tmp_pat
     }
 
 
+def test_a_file_keeps_its_rows_of_other_seeds_and_methods(room: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    for more in ((), ("--seed", 2), ("--seed", 2, "--folds", 3)):
+        result = laai(room, "--method", "task-vector", "--out", out, *more)
+        assert result.exit_code == 0, result.output
+    rows = checked(read_rows(out), "baseline")
+    assert [(row["seed"], row["folds"]) for row in rows] == [(1, 2)] * 3 + [(2, 3)] * 3
+
+
 def test_the_table_names_the_chosen_setting(room: Path) -> None:
     result = laai(room, "--method", "task-vector")
     assert result.exit_code == 0, result.output

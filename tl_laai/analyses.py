@@ -123,7 +123,7 @@ def attribute(
     if json:
         display.show_json({"values": values.tolist(), "by_layer": values.amax(-1).tolist()})
         return
-    display.show(display.head_bars({i: row for i, row in enumerate(values.tolist())}))
+    display.show(display.head_bars(dict(enumerate(values.tolist())), column="attribution"))
     display.say("The bar is the group penalty at which the head's fit leaves zero, in nats.")
 
 

@@ -8,6 +8,7 @@ The best setting is made again from all examples.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example, same_input_key
 from tl_laai.vectors import FunctionVector, InContextVector, MeanDifference, TaskVector
+
+_LOG = logging.getLogger("tl_laai")
 
 # Default grids were widened until what cross-validation chose from ten examples of eight rule tasks
 # (Gemma 3 270M, one seed) lay inside most of them: methods get that much help from us there. Learnt
@@ -189,7 +192,8 @@ def compare_methods(
         progress: called with `(steps done, steps in all)`.
 
     Returns:
-        Zero-shot, few-shot, then the methods in their order.
+        Zero-shot, few-shot, then the methods in their order; of several, those that these
+        examples do not allow are left out with a warning.
     """
     per_method = n_folds + 1
     total = per_method * len(methods) + 2
@@ -207,15 +211,20 @@ def compare_methods(
     tuned = {}
     for i, (name, method) in enumerate(methods.items()):
         before = 1 + i * per_method
-        tuned[name] = tune(
-            model,
-            train,
-            method,
-            n_folds=n_folds,
-            seed=seed,
-            template=template,
-            progress=lambda done, _, before=before: tell(before + done),  # type: ignore[misc]  # mypy cannot infer a lambda's default
-        )
+        try:
+            tuned[name] = tune(
+                model,
+                train,
+                method,
+                n_folds=n_folds,
+                seed=seed,
+                template=template,
+                progress=lambda done, _, before=before: tell(before + done),  # type: ignore[misc]  # mypy cannot infer a lambda's default
+            )
+        except ValueError as error:
+            if len(methods) == 1:
+                raise
+            _LOG.warning("%s is left out of the comparison: %s", name, error)
     edits = {"zero-shot": Edit(), **{name: t.edit for name, t in tuned.items()}}
     evaluated = evaluate_edits(model, test, edits, template=template)
     tell(total)

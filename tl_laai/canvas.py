@@ -229,4 +229,5 @@ def count(n: int, noun: str) -> str:
 
 def wrap(text: str, width: int = 50) -> str:
     """Text in lines of at most `width` letters, names kept whole, dollars no signs of maths."""
-    return textwrap.fill(text, width, break_on_hyphens=False).replace("$", r"\$")
+    filled = textwrap.fill(text, width, break_on_hyphens=False).replace("$", r"\$")
+    return f" {filled}" if filled.startswith("_") else filled  # legends leave such labels out

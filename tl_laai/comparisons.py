@@ -9,7 +9,7 @@ import typer
 from tl_laai import display
 from tl_laai.options import AnyBackend, AnyModel, Json, OneTask, Out, Seed, Test, load
 from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw
-from tl_laai.rows import check_rows_file, write_rows
+from tl_laai.rows import check_rows_file, read_rows, write_rows
 from tl_laai.tasks import load_task
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def baselines(
     prompting stand beside them. Each method's setting is chosen by the same
     cross-validation inside the training examples. Vectors that are read off
     activations are not taught where an answer ends: for them see "begins right".
+    A file given as --out keeps its rows of other models, tasks, methods, seeds.
     """
     if out is not None:
         check_rows_file(out, "baseline")
@@ -83,13 +84,16 @@ def baselines(
             "method": name,
             "setting": setting,
             "train": train,
+            "folds": folds,
             "seed": seed,
             **evaluation.to_dict(),
         }
         for name, (setting, evaluation) in found.items()
     ]
     if out is not None:
-        write_rows(out, rows)
+        own = {_key(row) for row in rows}
+        there = read_rows(out) if out.exists() and out.stat().st_size else []
+        write_rows(out, [*(row for row in there if _key(row) not in own), *rows])
     if json:
         display.show_json({"rows": rows})
         return
@@ -106,6 +110,10 @@ def baselines(
     columns = ("method", "setting", "exact match", "begins right", "log-probability")
     display.show(display.text_table(columns, cells))
     display.say(f"{data.task.name}: tuned on {train} examples, {len(data.test)} held out.")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("model", "task", "method", "seed"))
 
 
 def _fine_tuned(

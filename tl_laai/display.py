@@ -152,20 +152,21 @@ def row_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
-def head_bars(norms: Mapping[int, Sequence[float]]) -> Table:
-    """Every head of each edited layer with the norm of its part of delta, as a bar.
+def head_bars(norms: Mapping[int, Sequence[float]], *, column: str = "norm") -> Table:
+    """Every head of each layer with the norm of its part of delta, or another number, as a bar.
 
     Example:
         >>> out.print(head_bars({9: [0.0, 3.1, 0.0, 0.2]}))  # doctest: +SKIP
 
     Args:
         norms: layer -> norm of each head; exactly 0 for a head that is left out.
+        column: what the numbers are.
     """
     longest = max((norm for layer in norms.values() for norm in layer), default=0.0)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", justify="right")
     table.add_column("head", justify="right")
-    table.add_column("norm", justify="right")
+    table.add_column(column, justify="right")
     table.add_column("")
     for layer, heads in norms.items():
         for head, norm in enumerate(heads):

@@ -112,9 +112,13 @@ def sweep_layers(
     weights = penalty or SparseGroupLasso(0.0, 0.0)
     if max_evaluations is None:
         max_evaluations = UNREGULARISED_STEPS if free and solver == "adam" else 150
+    # A path such as "." has a name only once it is resolved.
+    known_as = (
+        fingerprint(loaded).name if name is None else Path(name).name or Path(name).resolve().name
+    )
     units = [
         SweepUnit(
-            model=fingerprint(loaded).name if name is None else Path(name).name,
+            model=known_as,
             task=task,
             layers=tuple(chosen),
             seed=seed,
