@@ -18,6 +18,7 @@ import ctypes
 import gc
 import json
 import os
+import platform
 import statistics
 import sys
 import threading
@@ -25,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tl_laai.engine import Engine
 from tl_laai.models import load_model
 from tl_laai.prefix import freeze
+from tl_laai.products import about_cpu
 from tl_laai.prompts import PromptTemplate, TokenisedExample, tokenise
-from tl_laai.rows import read_rows
+from tl_laai.rows import read_rows, write_rows
 from tl_laai.tasks import Task
 
 MODEL = "gemma-3-270m"
@@ -48,8 +51,13 @@ N = 10
 TEMPLATE = PromptTemplate(answer_end="")
 SHOTS = {"zero-shot": 0, "10-shot": 10}
 ROUNDS = 3
+MAKES = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}
+# Rows of other makes of CPU are kept.
+CPU = next((make for name, make in MAKES.items() if name in about_cpu()), platform.machine())
 OUT = Path(__file__).parent.parent / "figures" / "benchmark_fit.jsonl"
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "addmm_", "baddbmm", "linear")
+# What the engine multiplies with on x86 CPUs that are not Intel's.
+ONEDNN = "_linear_pointwise"
 
 
 @dataclass
@@ -122,9 +130,10 @@ class RecordProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in MATRIX_PRODUCTS:
+        if name in (*MATRIX_PRODUCTS, ONEDNN):
             pair = [a for a in args if isinstance(a, torch.Tensor)][-2:]
-            self.calls[tuple((tuple(t.shape), tuple(t.stride())) for t in pair)] += 1
+            layouts = tuple((tuple(t.shape), tuple(t.stride())) for t in pair)
+            self.calls[name == ONEDNN, layouts] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -133,17 +142,21 @@ def product_seconds(step: Callable[[], Any]) -> tuple[float, float]:
     with RecordProducts() as record:
         step()
     seconds, operations = 0.0, 0.0
-    for ((left, left_stride), (right, right_stride)), count in record.calls.items():
-        a = torch.empty_strided(left, left_stride).uniform_()
-        b = torch.empty_strided(right, right_stride).uniform_()
-        out = a @ b
+    for (by_onednn, layouts), count in record.calls.items():
+        a, b = (torch.empty_strided(shape, stride).uniform_() for shape, stride in layouts)
+        out = a @ (b.T if by_onednn else b)
+        multiply = (
+            partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
+            if by_onednn
+            else partial(torch.matmul, a, b, out=out)
+        )
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            torch.matmul(a, b, out=out)
+            multiply()
             times.append(time.perf_counter() - start)
         seconds += count * min(times)
-        operations += count * 2.0 * a.numel() * b.shape[-1]
+        operations += count * 2.0 * a.numel() * out.shape[-1]
     return seconds, operations
 
 
@@ -250,7 +263,7 @@ def benchmark(rounds: int) -> list[dict[str, Any]]:
         n_tokens = statistics.mean(len(e.prompt) for e in examples)
         for method in methods:
             seconds = statistics.median(method.seconds)
-            products, operations = product_seconds(method.step)
+            matmul_seconds, operations = product_seconds(method.step)
             rows.append(
                 {
                     "kind": "benchmark_fit",
@@ -263,11 +276,12 @@ def benchmark(rounds: int) -> list[dict[str, Any]]:
                     "seconds_per_problem_step": seconds,
                     "speedup_over_plain_hooked": reference["hooked"] / seconds,
                     "speedup_over_plain_bridge": reference["bridge"] / seconds,
-                    "matmul_share": products / (seconds * method.n_problems),
+                    "matmul_share": matmul_seconds / (seconds * method.n_problems),
                     "gflops": operations / (seconds * method.n_problems) / 1e9,
-                    "matmul_gflops": operations / products / 1e9,
+                    "matmul_gflops": operations / matmul_seconds / 1e9,
                     "peak_mb": peak_megabytes(method.step),
                     "threads": torch.get_num_threads(),
+                    "cpu": CPU,
                     "model": MODEL,
                     "layer": LAYER,
                     "n_examples": N,
@@ -285,22 +299,25 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.from_rows:
         rows = benchmark(arguments.rounds)
-        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        others = read_rows(arguments.out) if arguments.out.exists() else []
+        write_rows(arguments.out, [*(row for row in others if row["cpu"] != CPU), *rows])
+    else:
+        rows = read_rows(arguments.out)
     if arguments.json:
-        print(arguments.out.read_text(), end="")
+        print("".join(json.dumps(row) + "\n" for row in rows), end="")
         return
-    header = ("prompts", "method", "model class", "over plain HookedTransformer")
+    header = ("CPU", "prompts", "method", "model class", "over plain HookedTransformer")
     header += ("over plain Bridge", "matrix products' share", "GFLOP/s", "peak MB")
     lines = [
         (
-            *(row["prompts"], row["method"], row["backend"]),
+            *(row["cpu"], row["prompts"], row["method"], row["backend"]),
             f"{row['speedup_over_plain_hooked']:.1f}x",
             f"{row['speedup_over_plain_bridge']:.1f}x",
             f"{row['matmul_share']:.0%}",
             f"{row['gflops']:.0f} of {row['matmul_gflops']:.0f}",
             f"{row['peak_mb']:.0f}",
         )
-        for row in read_rows(arguments.out)
+        for row in rows
     ]
     print(markdown(header, lines))
 

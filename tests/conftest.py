@@ -9,15 +9,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import platform
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import tiny
 import torch
+
+from tl_laai import products
 
 BACKENDS = ("hooked", "bridge") if tiny.HAS_HOOKED else ("bridge",)
 BUILT_IN_MODEL = "gemma-3-270m"
@@ -26,11 +26,12 @@ needs_hooked = pytest.mark.skipif(
     not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer"
 )
 
-CPU_INFO = Path("/proc/cpuinfo")
-INTEL = "GenuineIntel" in (CPU_INFO.read_text() if CPU_INFO.exists() else platform.processor())
-
 exact_products = pytest.mark.skipif(
-    not (INTEL and torch.backends.mkl.is_available() and os.environ["MKL_CBWR"].endswith("STRICT")),
+    not (
+        products.INTEL
+        and torch.backends.mkl.is_available()
+        and os.environ["MKL_CBWR"].endswith("STRICT")
+    ),
     reason="MKL_CBWR is set, or is not obeyed: torch does without MKL, or no CPU of Intel's",
 )
 

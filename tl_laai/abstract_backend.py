@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_laai.products import frozen_products
 from tl_laai.vocabulary import Unembedding
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -221,7 +222,7 @@ class Backend(ABC):
                     ):
                         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 handles.append(self.model.unembed.register_forward_pre_hook(stop, with_kwargs=True))
-                with torch.no_grad(), suppress(_StopForward):
+                with torch.no_grad(), frozen_products(), suppress(_StopForward):
                     self.logits(tokens)
             finally:
                 for handle in handles:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tl_laai.products import add_product_, linear
 from tl_laai.vocabulary import Unembedding, at_once, log_sum_exp_minus, slices
 
 
@@ -103,12 +104,12 @@ class _CappedMean(torch.autograd.Function):
         pulled = torch.zeros_like(student)
         log_totals = of.log_totals.to(wide).flatten()[:, None]
         for part, bias in slices(head, wide):
-            p = head.cap(teachers @ part.T + bias).sub_(log_totals).exp_()
+            p = head.cap(linear(teachers, part) + bias).sub_(log_totals).exp_()
             p = p.unflatten(0, (n, n_teachers)).mean(dim=1)
-            logits = head.cap(student @ part.T + bias)
+            logits = head.cap(linear(student, part) + bias)
             value += (p * logits).sum(dim=1)
             slope = 1 - (logits / head.softcap).square()
-            pulled.addmm_(p.mul_(slope), part)
+            add_product_(pulled, p.mul_(slope), part)
         ctx.save_for_backward(pulled.to(hidden.dtype))
         return value
 
@@ -139,11 +140,11 @@ def mean_distribution(
     mean_rows = None if head.softcap else log_totals.new_zeros((n, d))
     offsets = log_totals.new_zeros(n)
     for part, bias in slices(head, wide):
-        logits = head.cap(flat @ part.T + bias)
+        logits = head.cap(linear(flat, part) + bias)
         average = logits.sub_(log_totals[:, None]).exp_().unflatten(0, (n_teachers, n)).mean(dim=0)
         offsets -= torch.xlogy(average, average).sum(dim=1)
         if mean_rows is not None:
-            mean_rows += average @ part
+            add_product_(mean_rows, average, part)
             # A bias of -inf forbids a token: it has no share, and 0 * -inf is no number.
             offsets += torch.where(average > 0, average * bias, 0).sum(dim=1)
     if mean_rows is not None:

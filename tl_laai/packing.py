@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_laai.attention import attend, least_steps, visible
 from tl_laai.backends import Backend, own_modes, rank_within
+from tl_laai.products import frozen_products
 from tl_laai.prompts import TokenisedExample
 
 _NEVER = 1 << 30
@@ -268,7 +269,8 @@ def run(
             if edit_residual is not None:
                 x = edit_residual(layer, x)
             yield layer, x
-            x = backend.call_block(layer, x).to(backend.device)
+            with frozen_products():
+                x = backend.call_block(layer, x).to(backend.device)
     yield last, x
 
 

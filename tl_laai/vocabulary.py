@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tl_laai.products import add_product_, linear
+
 SLICE_ELEMENTS = 1 << 21
 """How many weights of the unembedding a slice holds: 8 MiB in float32."""
 
@@ -88,7 +90,7 @@ def _sums(
     width = slice_width(weight.shape[0], d)
     for start in range(0, weight.shape[0], width):
         part = weight[start : start + width].to(hidden)
-        logits = (hidden @ part.T).to(accumulate)
+        logits = linear(hidden, part).to(accumulate)
         if bias is not None:
             logits += bias[start : start + width]
         slope = None
@@ -109,7 +111,7 @@ def _sums(
             if slope is not None:
                 logits *= slope
             if part.dtype == accumulate:
-                pulled.addmm_(logits, part)
+                add_product_(pulled, logits, part)
             else:
                 pulled += (logits.to(part.dtype) @ part).to(accumulate)
     return peak, total, pulled
@@ -260,7 +262,7 @@ def next_token(
     token = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     width = slice_width(*head.weight.shape)
     for start in range(0, head.weight.shape[0], width):
-        logits = (hidden @ head.weight[start : start + width].T).to(wide)
+        logits = linear(hidden, head.weight[start : start + width]).to(wide)
         if head.bias is not None:
             logits = logits + head.bias[start : start + width]
         if generator is not None:

@@ -1,0 +1,112 @@
+"""Products with a model's frozen weights, by the library that is fast on this CPU.
+
+torch multiplies float32 matrices with MKL, which leaves x86 CPUs that are not Intel's at half of
+their speed: their widest registers stay unused there. oneDNN, which torch brings too, uses them
+(1.6 to 3 times MKL's speed on an AMD EPYC with AVX-512, for one row as for hundreds), and rounds a
+row's product alike however many rows there are.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+
+def about_cpu() -> str:
+    """What the system says of this CPU, its maker's name included."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else platform.processor()
+
+
+INTEL = "GenuineIntel" in about_cpu()
+"""Whether this CPU is one of Intel's."""
+
+# Behind torch.compile's linear layers; torch has no public name for it on plain tensors.
+_onednn: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+USE_ONEDNN = (
+    not INTEL
+    and torch.backends.mkl.is_available()
+    and torch.backends.mkldnn.is_available()
+    and _onednn is not None
+)
+"""Whether products go to oneDNN: where MKL would multiply on a CPU that is not Intel's."""
+
+
+def _suits(*tensors: Tensor) -> bool:
+    return USE_ONEDNN and all(
+        type(t) in (Tensor, nn.Parameter)  # not quantised or sharded
+        and t.dtype == torch.float32
+        and t.device.type == "cpu"
+        and t.layout == torch.strided
+        and t.numel() > 0
+        for t in tensors
+    )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    assert _onednn is not None
+    # One row alone would take another way, and be rounded otherwise than beside others.
+    rows = x.expand(2, -1) if len(x) == 1 else x
+    return _onednn(rows.contiguous(), weight, None, "none", [], "")[: len(x)]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return _product(grad_outputs[0], weight.T), None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, differentiable in `x` alone.
+
+    Args:
+        x: `[..., d_in]`.
+        weight: `[d_out, d_in]` in any memory layout.
+        bias: `[d_out]`.
+    """
+    if not _suits(x, weight):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    product = cast(Tensor, _FrozenLinear.apply(rows, weight))  # type: ignore[no-untyped-call]
+    product = product.view(*x.shape[:-1], len(weight))
+    return product if bias is None else product + bias
+
+
+def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Add `x @ weight` to `total` in place; `[n, d_in]` and `[d_in, d_out]`, without gradients."""
+    return total.add_(_product(x, weight.T)) if _suits(x, weight) else total.addmm_(x, weight)
+
+
+class frozen_products(TorchFunctionMode):  # noqa: N801  # a context, like torch.no_grad
+    """Within it the linear maps of a model's modules are fast, too.
+
+    Their gradients are taken with respect to activations alone.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not kwargs:
+            if func is F.linear:
+                return linear(*args)
+            if func is torch.addmm:
+                bias, x, weight = args
+                if _suits(x, weight):
+                    return linear(x, weight.T, bias)
+        return func(*args, **(kwargs or {}))
