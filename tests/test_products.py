@@ -126,5 +126,20 @@ def test_weights_of_a_class_of_their_own_are_left_to_it(monkeypatch: pytest.Monk
     assert F.linear in asked
 
 
+@pytest.mark.parametrize(
+    ("cut", "taken"), [((slice(1, 4), slice(None)), True), ((slice(None), slice(1, 4)), False)]
+)
+def test_weights_with_gaps_in_memory_are_left_to_torch(
+    cut: tuple[slice, slice], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "USE_ONEDNN", True)
+    weight = torch.randn(5, 6)[cut]
+    for own in (weight, weight.T):
+        x = torch.randn(2, own.shape[1])
+        assert products._suits(x, own) is taken
+        torch.testing.assert_close(linear(x, own), x @ own.T)
+
+
 def test_intels_cpus_keep_mkl_whose_rounding_is_asked_for() -> None:
-    assert not (products.INTEL and products.USE_ONEDNN)
+    widest = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert not (products.USE_ONEDNN and (products.INTEL or not widest))

@@ -1,9 +1,9 @@
 """Products with a model's frozen weights, by the library that is fast on this CPU.
 
-torch multiplies float32 matrices with MKL, which leaves x86 CPUs that are not Intel's at half of
-their speed: their widest registers stay unused there. oneDNN, which torch brings too, uses them
-(1.6 to 3 times MKL's speed on an AMD EPYC with AVX-512, for one row as for hundreds), and rounds a
-row's product alike however many rows there are.
+torch multiplies float32 matrices with MKL, which on CPUs of other makers than Intel leaves their
+AVX-512 registers unused. oneDNN, which torch brings too, uses them (1.6 to 3 times MKL's speed on
+an AMD EPYC, for one row as for hundreds), and rounds a row's product alike however many rows there
+are.
 """
 
 from __future__ import annotations
@@ -34,21 +34,27 @@ _onednn: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_point
 
 USE_ONEDNN = (
     not INTEL
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
     and _onednn is not None
 )
-"""Whether products go to oneDNN: where MKL would multiply on a CPU that is not Intel's."""
+"""Whether products go to oneDNN: where MKL would multiply on another maker's CPU with AVX-512."""
 
 
-def _suits(*tensors: Tensor) -> bool:
-    return USE_ONEDNN and all(
-        type(t) in (Tensor, nn.Parameter)  # not quantised or sharded
-        and t.dtype == torch.float32
-        and t.device.type == "cpu"
-        and t.layout == torch.strided
-        and t.numel() > 0
-        for t in tensors
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        USE_ONEDNN
+        and all(
+            type(t) in (Tensor, nn.Parameter)  # not quantised or sharded
+            and t.dtype == torch.float32
+            and t.device.type == "cpu"
+            and t.layout == torch.strided
+            and t.numel() > 0
+            for t in (x, weight)
+        )
+        # With gaps between its rows or columns oneDNN is a thousand times slower.
+        and (weight.is_contiguous() or weight.T.is_contiguous())
     )
 
 
