@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def write_gguf(path: Path) -> Path:
+def write_gguf(path: Path, without: str = "no tensor") -> Path:
     """The tiny Llama as a GGUF file, by the rules of llama.cpp, written without transformers."""
     gguf = pytest.importorskip("gguf")
     model, tokenizer = tiny_hf("llama", torch.float32), tiny_tokenizer()
@@ -58,6 +58,8 @@ def write_gguf(path: Path) -> Path:
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(True)
     for name, weight in model.state_dict().items():
+        if without in name:
+            continue
         array = weight.numpy()
         if "q_proj" in name or "k_proj" in name:  # llama.cpp rotates neighbouring pairs
             n = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
@@ -146,6 +148,15 @@ def test_a_failed_conversion_leaves_nothing_behind(
     monkeypatch.setattr(checkpoints, "_write_checkpoint", fail)
     with pytest.raises(KeyboardInterrupt):
         find_source(gguf_file)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_gguf_file_without_all_weights_is_refused_instead_of_made_up(
+    tmp_path: Path, cache: Path
+) -> None:
+    file = write_gguf(tmp_path / "part.gguf", without="layers.1.mlp.up_proj")
+    with pytest.raises(ValueError, match=r"no tensor for \['model\.layers\.1\.mlp\.up_proj"):
+        find_source(file)
     assert list(cache.iterdir()) == []
 
 

@@ -287,6 +287,15 @@ def test_show_has_a_line_for_every_head_and_the_provenance(inside: Path) -> None
         assert shown["heads"]["1"][head.head] == pytest.approx(head.norm)
 
 
+def test_a_fit_points_to_evaluate_only_where_something_is_held_out(
+    inside: Path, tmp_path: Path
+) -> None:
+    for changes, following in (({"test": 2}, "evaluate"), ({"train": len(ROWS)}, "show")):
+        out = tmp_path / following
+        shown = done(*fit_arguments(inside, **changes), "--alpha", 0.5, "--out", out)
+        assert f"Next: laai {following} {out}" in " ".join((shown.stdout + shown.stderr).split())
+
+
 # ------------------------------------------------------------------------ evaluate and generate
 
 

@@ -57,6 +57,22 @@ def test_an_adapter_that_was_hardly_trained_gives_the_rows_of_the_model_itself(
         assert row.log_probability == pytest.approx(expected.log_probability, rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_modes_change_no_adapter_and_no_row(mode: Any) -> None:
+    plain, model, hf_model = tuned(), oracle.shared_model("bridge", "llama"), tiny_hf("llama")
+    with mode():
+        found = fine_tune(model, EXAMPLES, learning_rate=0.02, steps=6, hf_model=hf_model)
+        rows = found.evaluate(ASKED).rows
+        chosen = tune_fine_tuning(
+            model, EXAMPLES, learning_rates=(0.02,), steps=(6,), hf_model=hf_model
+        )
+    for own in (found, chosen.fine_tuned):
+        assert all(torch.equal(own.adapter[name], t) for name, t in plain.adapter.items())
+    assert rows == plain.evaluate(ASKED).rows
+
+
 def test_rows_of_an_adapter_are_those_of_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "ROWS_AT_ONCE", 2)
     got = tuned().evaluate(ASKED)

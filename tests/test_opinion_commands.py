@@ -110,6 +110,10 @@ def test_more_questions_than_a_prompt_can_show_are_refused_before_the_fit(poll: 
     [
         (("--group", "Whig"), "group must be one of ['Democrat', 'Independent', 'Republican'"),
         (("--group", "65+", "--train", 19), "--train 19 leaves 1 to hold out; give fewer"),
+        (
+            ("--group", "65+", "--train", 9, "--shots", 10),
+            "--shots 10: few-shot prompts show fitted",
+        ),
         (("--group", "65+", "--outside-weight", "inf"), "--outside-weight is inf; give a number"),
         (
             ("--group", "65+", "--layer", 1, "--alpha", 0.5, "--learning-rate", 0.1),

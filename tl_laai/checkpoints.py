@@ -247,9 +247,13 @@ def _write_checkpoint(gguf: Path, folder: Path) -> None:
     options = {"gguf_file": gguf.name, "local_files_only": True}
     with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar has no switch
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float32, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, output_loading_info=True, **options
         )
+        model, found = loaded
+        # Its reader skips tensors whose names it does not know, and makes up what is then missing.
+        if found["missing_keys"]:
+            raise ValueError(f"no tensor for {sorted(found['missing_keys'])[:5]}")
         # save_pretrained refuses what looks quantised; the weights are float32 by now.
         del model.config.quantization_config
         model.hf_quantizer = None

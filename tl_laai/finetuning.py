@@ -36,6 +36,7 @@ from tl_laai.adapters import (
     left_as_found,
     token_losses,
 )
+from tl_laai.backends import own_modes
 from tl_laai.checkpoints import BUILT_IN
 from tl_laai.decoding import (
     Edit,
@@ -97,6 +98,7 @@ class FineTuned:
                         parameter.copy_(self.adapter[name])
             yield hf_model
 
+    @own_modes()
     def evaluate(
         self, examples: Sequence[Example], *, max_new_tokens: int | None = None
     ) -> Evaluation:
@@ -127,6 +129,7 @@ class FineTuned:
         return Evaluation(tuple(answer_rows(self.model, examples, answers, scores)))
 
 
+@own_modes()
 def fine_tune(
     model: Any,
     examples: Sequence[Example],

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tl_laai.adapters import AdapterConfig, Method, adapted, token_losses
+from tl_laai.backends import own_modes
 from tl_laai.finetuning import BATCH_SIZE, FineTuned, Training
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.splits import cross_validation_folds
@@ -60,6 +61,7 @@ class FineTuningSelection:
     steps: int
 
 
+@own_modes()
 def tune_fine_tuning(
     model: Any,
     examples: Sequence[Example],

@@ -210,7 +210,7 @@ def fit(
         display.show_json({"status": status, "out": str(out), "heads": heads, **shown})
     else:
         display.show_fit(fitted)
-        display.say(f"Saved to {out}. Next: laai evaluate {out}")
+        display.say(f"Saved to {out}. Next: laai {'evaluate' if data.test else 'show'} {out}")
 
 
 # ------------------------------------------------------------------------- what arguments mean

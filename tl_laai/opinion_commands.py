@@ -77,6 +77,8 @@ def opinions(
     if len(split.test) < 2:
         remedy = "give fewer" if n_train > 1 else "give a --file with more questions"
         raise ValueError(f"--train {n_train} leaves {len(split.test)} to hold out; {remedy}")
+    if shots is not None and shots > n_train:
+        raise ValueError(f"--shots {shots}: few-shot prompts show fitted questions, {n_train} here")
     fixed = (
         None
         if layer == "auto"
