@@ -66,7 +66,10 @@ def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
 
 
 @pytest.mark.parametrize("groups", [None, ("a", "b", "a")])
-def test_the_teacher_is_asked_each_example_after_the_others(model: Any, groups: Any) -> None:
+def test_the_teacher_is_asked_each_example_after_the_others(
+    model: Any, groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "_ASKED_AT_ONCE", 2)
     words = dataclasses.replace(TEMPLATE, answer_end="")
     newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     ends = (model.tokenizer.eos_token_id, newline)

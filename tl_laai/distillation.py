@@ -45,6 +45,7 @@ from tl_laai.splits import check_count, seeded_order
 from tl_laai.tasks import Example
 
 _TOKENS_AT_ONCE = 512
+_ASKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -283,9 +284,13 @@ def ask_teacher(
     for example, label in zip(examples, labels, strict=True):
         shown = [e for e, other in zip(examples, labels, strict=True) if other != label]
         asked += tokenise(model, [example], template=words, demonstrations=shown)
-    prompts = freeze(model, asked)
-    (answers,) = decode(prompts, [Edit()], max_new_tokens=longest_answer(asked))
-    scores = answer_log_probabilities(prompts, [Edit()])[0].tolist()
+    answers: list[tuple[int, ...]] = []
+    scores: list[float] = []
+    # Each prompt has keys of its own: kept all at once they would grow with the examples' square.
+    for first in range(0, len(asked), _ASKED_AT_ONCE):
+        prompts = freeze(model, asked[first : first + _ASKED_AT_ONCE])
+        answers += decode(prompts, [Edit()], max_new_tokens=longest_answer(asked))[0]
+        scores += answer_log_probabilities(prompts, [Edit()])[0].tolist()
     return Evaluation(tuple(answer_rows(model, examples, answers, scores)))
 
 
