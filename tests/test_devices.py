@@ -51,7 +51,9 @@ def bridge(family: str, far: tuple[str, ...]) -> Any:
 def results(model: Any) -> dict[str, list[Tensor]]:
     """What the engine, decoding, fits and side effects give."""
     examples = oracle.random_examples(oracle.LENGTHS)
-    delta, residual = oracle.random_delta(model), oracle.random_residual(model)
+    dtype = next(model.parameters()).dtype
+    delta = oracle.random_delta(model).to(dtype)
+    residual = oracle.random_residual(model).to(dtype)
     prompts = freeze(model, examples)
     last = model.cfg.n_layers - 1  # where rows join behind a layer that stands elsewhere
     engine = Engine(prompts, layers=[0, last], rows=[[0, 1, 2], [1, 3]], position="every_step")

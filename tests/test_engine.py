@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import oracle
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from tl_laai import objectives
 from tl_laai.attention import room_for_keys
-from tl_laai.backends import backend_of
-from tl_laai.engine import Engine, bytes_per_token, memory_estimate
+from tl_laai.engine import Engine
+from tl_laai.memory import bytes_per_token
 from tl_laai.packing import FrozenPrompts
 from tl_laai.prefix import freeze
 from tl_laai.problems import engine_for
@@ -300,19 +302,17 @@ def test_an_example_without_an_answer_cannot_be_fitted() -> None:
         Engine(prompts, layers=[0], rows=[[0, 1]])
 
 
-def test_memory_estimate_grows_with_the_problems_and_falls_with_the_limit() -> None:
-    backend, examples = (
-        backend_of(oracle.shared_model("bridge", "gpt2")),
-        oracle.random_examples(oracle.LENGTHS),
-    )
-
-    def estimate(n_problems: int, max_memory: float = 1.0) -> int:
-        rows = [range(len(examples))] * n_problems
-        layers = [0] * n_problems
-        return memory_estimate(backend, examples, layers=layers, rows=rows, max_memory=max_memory)
-
-    assert 0 < estimate(1) < estimate(8)
-    assert estimate(8, max_memory=1e-6) < estimate(8)
+def test_an_engine_frees_its_memory_with_the_last_reference_to_it(windowed: Any) -> None:
+    prompts = freeze(windowed, oracle.random_examples(oracle.LENGTHS))
+    engine = Engine(prompts, layers=[0], rows=[[0, 1]])
+    engine.value_and_grad(deltas_for(windowed, 1), torch.tensor([0]))
+    plan = weakref.ref(engine.plans([0])[0])
+    gc.disable()
+    try:
+        del engine
+        assert plan() is None
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------------------- real Gemma

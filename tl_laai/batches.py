@@ -135,8 +135,10 @@ class FitBatch:
         )
         backend = self.engine.prompts.backend
         shape = (len(problems), backend.n_heads, backend.d_head)
-        self.zero = torch.zeros(shape, dtype=_state_dtype(backend.dtype), device=backend.device)
-        self.everyone = torch.arange(len(problems), device=backend.device)
+        # What solvers do between evaluations is small, and reads numbers back all the time: it
+        # stays on the CPU wherever the model stands.
+        self.zero = torch.zeros(shape, dtype=_state_dtype(backend.dtype))
+        self.everyone = torch.arange(len(problems))
         self.penalty, self.lambda_max = _penalties(self.engine, problems, self.zero, self.everyone)
         self._settings: dict[str, Any] = {}
 
@@ -173,7 +175,6 @@ class FitBatch:
                         )
                     start[i] = problem.start.to(start)
         own = self.penalty if penalty is None else penalty
-        evaluate = self.engine.value_and_terms
         self._settings = {
             "solver": solver,
             "tolerance": tolerance,
@@ -182,7 +183,7 @@ class FitBatch:
         if solver == "adam":
             self._settings["learning_rate"] = learning_rate
             solutions = adam(
-                evaluate,
+                self.engine.value_and_grad,
                 start,
                 own,
                 learning_rate=learning_rate,
@@ -192,7 +193,7 @@ class FitBatch:
             )
         else:
             solutions = proximal_gradient(
-                evaluate,
+                self.engine.value_and_terms,
                 start,
                 own,
                 tolerance=tolerance,
@@ -247,7 +248,7 @@ class FitBatch:
             )
             support[penalised] = torch.stack([solution.delta for solution in chosen]) != 0
         found = relax(
-            self.engine.value_and_terms,
+            self.engine.value_and_grad,
             support,
             dtype=self.zero.dtype,
             steps=steps,

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from tl_laai.products import add_product_, linear
 from tl_laai.vocabulary import Unembedding, at_once, log_sum_exp_minus, slices
 
+_TABLES = 4  # of logits, alive at once while distributions are averaged
+
 
 @dataclass(frozen=True)
 class Distributions:
@@ -80,7 +82,7 @@ def capped_mean_logit(
         head: that head.
     """
     assert of.teachers is not None
-    n = max(1, at_once(*head.weight.shape) // (1 + of.teachers.shape[1]))
+    n = max(1, at_once(head.weight) // (1 + of.teachers.shape[1]))
     means = [
         _CappedMean.apply(hidden[i : i + n], of[i : i + n], head)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         for i in range(0, max(1, len(hidden)), n)
@@ -130,7 +132,7 @@ def mean_distribution(
         head: the unembedding.
     """
     n_teachers, n, d = hidden.shape
-    few = max(1, at_once(*head.weight.shape) // n_teachers)
+    few = max(1, at_once(head.weight) // (_TABLES * n_teachers))
     if n > few:
         parts = [mean_distribution(part, head) for part in hidden.split(few, dim=1)]
         return Distributions.cat(parts)

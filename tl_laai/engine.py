@@ -8,6 +8,7 @@ memory. Gradients are taken with respect to the Deltas alone.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,11 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_laai.attention import room_for_keys
-from tl_laai.backends import Backend, own_modes
+from tl_laai.backends import own_modes
 from tl_laai.hooking import Position
+from tl_laai.memory import bytes_per_token
 from tl_laai.objectives import AnswerCrossEntropy, Objective
 from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
-from tl_laai.prompts import TokenisedExample
+from tl_laai.recording import Recorded, pool_of
 
 MAX_TERMS = 16
 """Most terms in which the gradient of one problem is told; a solver keeps a matrix for each."""
@@ -70,6 +72,7 @@ class Engine:
         self.unembedding = backend.unembedding()
         prompts.enter_at(self.layers)
         self._plans: dict[tuple[int, ...], list[_Plan]] = {}
+        self.pool = pool_of(backend.model)
         n_keys = room_for_keys(int(prompts.prefix_lengths.max())) + 1
         per_token = bytes_per_token(backend, n_keys, min(self.layers))
         self.max_tokens = max(1, int(max_memory * 2**30 / per_token))
@@ -130,9 +133,10 @@ class Engine:
     ) -> Float[Tensor, " n_active"]:
         """Loss of each listed problem under its Delta, in nats."""
         listed = problems.tolist()
+        there = deltas.to(self.prompts.backend.device)
         with torch.no_grad():
-            parts = [plan.loss(deltas, plan.problem) for plan in self.plans(listed)]
-        return self._of_problems(torch.stack(parts).sum(0), listed)
+            parts = [plan.loss(there, plan.problem) for plan in self.plans(listed)]
+        return self._of_problems(torch.stack(parts).sum(0), listed).to(deltas.device)
 
     def value_and_grad(
         self,
@@ -142,15 +146,17 @@ class Engine:
         """Loss and gradient of each listed problem at its Delta.
 
         Args:
-            deltas: one Delta a listed problem.
+            deltas: one Delta a listed problem, on any device.
             problems: indices of the problems.
 
         Returns:
             Losses `[n_active]` in nats (mean over a row's counted tokens, then over rows), and
-            gradients of the shape of `deltas`.
+            gradients of the shape of `deltas`, both on its device.
         """
-        losses, terms = self.value_and_terms(deltas, problems)
-        return losses, torch.stack([own.sum(dim=0) for own in terms])
+        there = deltas.to(self.prompts.backend.device)
+        losses, terms = self.value_and_terms(there, problems)
+        gradients = torch.stack([own.sum(dim=0) for own in terms])
+        return losses.to(deltas.device), gradients.to(deltas.device)
 
     @own_modes()
     def value_and_terms(
@@ -165,60 +171,19 @@ class Engine:
         """
         listed = problems.tolist()
         n_terms = [self.n_terms[p] for p in listed]
-        copies = deltas.detach().repeat_interleave(
-            torch.tensor(n_terms, device=deltas.device), dim=0
-        )
-        total, gradient = deltas.new_zeros(len(copies)), torch.zeros_like(copies)
+        there = deltas.detach().to(self.prompts.backend.device)
+        copies = there.repeat_interleave(torch.tensor(n_terms, device=there.device), dim=0)
+        total, gradient = copies.new_zeros(len(copies)), torch.zeros_like(copies)
         for plan in self.plans(listed):
-            leaf = copies.detach().requires_grad_()
-            loss = plan.loss(leaf, plan.term)
-            gradient += torch.autograd.grad(loss.sum(), leaf)[0]
-            total += loss.detach()
-        return self._of_problems(total, listed), list(gradient.split(n_terms))
+            own_total, own_gradient = plan.value_and_grad(copies)
+            total += own_total
+            gradient += own_gradient
+        losses = self._of_problems(total, listed).to(deltas.device)
+        return losses, list(gradient.to(deltas.device).split(n_terms))
 
     def _of_problems(self, terms: Tensor, listed: Sequence[int]) -> Tensor:
         """Losses of the listed problems, from those of their terms one after the other."""
         return torch.stack([own.sum() for own in terms.split([self.n_terms[p] for p in listed])])
-
-
-def bytes_per_token(backend: Backend, n_keys: int, lowest_layer: int) -> int:
-    """Estimated memory that one suffix token takes in a forward and backward.
-
-    Args:
-        backend: the model.
-        n_keys: keys that a token sees.
-        lowest_layer: the first layer that runs.
-    """
-    d_mlp = int(getattr(backend.model.cfg, "d_mlp", None) or 4 * backend.d_model)
-    width = 12 * backend.d_model + 7 * d_mlp + 8 * backend.n_heads * backend.d_head
-    per_layer = width + 6 * backend.n_heads * n_keys
-    return per_layer * (backend.n_layers - lowest_layer) * torch.finfo(backend.dtype).bits // 8
-
-
-def memory_estimate(
-    backend: Backend,
-    examples: Sequence[TokenisedExample],
-    *,
-    layers: Sequence[int],
-    rows: Sequence[Sequence[int]],
-    max_memory: float = 1.0,
-) -> int:
-    """Estimated bytes above the model that problems take, before any of it is allocated.
-
-    Args:
-        backend: the model.
-        examples: the tokenised examples of all problems.
-        layers: the edited layer of each problem.
-        rows: the examples of each problem, as indices.
-        max_memory: GiB that one chunk of rows may take; frozen prefixes come on top.
-    """
-    room = room_for_keys(max(len(e.prompt) for e in examples) - 1)
-    n_prefixes = len({e.prompt[:-1] for e in examples})
-    per_key = backend.n_kv_heads * backend.d_head * torch.finfo(backend.dtype).bits // 8
-    kept = 2 * backend.n_layers * n_prefixes * room * per_key
-    n_tokens = sum(max(1, len(examples[i].answer)) for own in rows for i in own)
-    evaluation = n_tokens * bytes_per_token(backend, room + 1, min(layers))
-    return kept + min(evaluation, int(max_memory * 2**30))
 
 
 def _check_problems(
@@ -274,7 +239,7 @@ class _Plan:
         self, engine: Engine, problems: Sequence[int], chunk: Sequence[tuple[int, range]]
     ) -> None:
         prompts = engine.prompts
-        self.engine = engine
+        self.engine: Engine = weakref.proxy(engine)  # which owns the plan, and is freed with it
         device = prompts.tokens.device
         parts = [(problems[a], slice(part.start, part.stop)) for a, part in chunk]
         rows = torch.cat([engine.rows[p][part] for p, part in parts])
@@ -313,6 +278,10 @@ class _Plan:
         self.counted = torch.nonzero(engine.objective.counted()[packing.token]).squeeze(-1)
         row = packing.row[self.counted]
         self.weight = row_weight[row] / engine.n_counted[rows][row]
+        itself = weakref.proxy(self)
+        self._replayed: Recorded | None = None
+        if engine.pool is not None:
+            self._replayed = Recorded(lambda x: itself._value_and_grad(x), engine.pool)
 
     def per_token(self, deltas: Tensor, of: Tensor) -> Tensor:
         """Loss of every counted token, `[n_counted]`; token i is edited with `deltas[of[i]]`."""
@@ -336,6 +305,20 @@ class _Plan:
             self.packing.token[self.counted],
             engine.unembedding,
         )
+
+    def value_and_grad(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of every term under a Delta of its own, `[n_terms]`, and its gradient there."""
+        if self._replayed is None:
+            return self._value_and_grad(copies)
+        loss, gradient = self._replayed(copies)
+        # Sums out of the floating-point range are taken anew, which no recording can decide.
+        return (loss, gradient) if bool(loss.isfinite().all()) else self._value_and_grad(copies)
+
+    def _value_and_grad(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = copies.detach().requires_grad_()
+        loss = self.loss(leaf, self.term)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        return loss.detach(), gradient
 
     def loss(self, deltas: Tensor, of: Tensor) -> Tensor:
         """Loss of every term of the active problems, the part of it in this chunk, `[n_terms]`."""

@@ -50,13 +50,17 @@ class HookedBackend(Backend):
         return q, k, v
 
     def _rotate(self, attn: Any, x: Tensor, positions: Tensor) -> Tensor:
-        needed = int(positions.max()) + 1
-        if needed > attn.rotary_cos.shape[0]:
-            attn._extend_rotary_embeddings(min(self.n_ctx, max(needed, 2 * needed)))
         cos, sin = (t[positions, None, :] for t in (attn.rotary_cos, attn.rotary_sin))
         size = cos.shape[-1]
         rotated = x[..., :size] * cos + attn.rotate_every_two(x[..., :size]) * sin
         return torch.cat([rotated, x[..., size:]], dim=-1) if size < x.shape[-1] else rotated
+
+    def ensure_positions(self, length: int) -> None:
+        for layer in range(self.n_layers):
+            attn: Any = self.attention(layer)
+            table = getattr(attn, "rotary_cos", None)
+            if table is not None and length > table.shape[0]:
+                attn._extend_rotary_embeddings(min(self.n_ctx, 2 * length))
 
     def project_z(self, layer: int, z: Tensor) -> Tensor:
         attn: Any = self.attention(layer)

@@ -92,15 +92,15 @@ class VocabularyKL(Objective):
         targets, which = self.targets[tokens].clamp(min=0), self.of[tokens]
         taught = (which >= 0).nonzero().squeeze(1)
         own = self.distributions[which[taught]]
-        # Two terms nearly cancel: in half precision their rounding would be the loss.
         wide = torch.promote_types(hidden.dtype, own.offsets.dtype)
-        hidden = hidden.to(wide)
         rows = head.weight[targets].to(wide)
         offsets = rows.new_zeros(len(rows)) if head.bias is None else head.bias[targets].to(wide)
         if own.mean_rows is not None:
             rows = rows.index_copy(0, taught, own.mean_rows.to(wide))
             offsets = offsets.index_copy(0, taught, own.offsets.to(wide))
             return log_sum_exp_minus(hidden, head, rows) - offsets
+        # Two terms nearly cancel: in half precision their rounding would be the gradient.
+        hidden = hidden.to(wide)
         logits = head.cap((hidden * rows).sum(-1) + offsets)
         means = capped_mean_logit(hidden[taught], own, head) + own.offsets
         none = torch.zeros_like(hidden)

@@ -15,8 +15,9 @@ import torch
 
 from tl_laai.backends import backend_of, own_modes
 from tl_laai.distributions import Distributions
-from tl_laai.engine import Engine, memory_estimate
+from tl_laai.engine import Engine
 from tl_laai.hooking import Position
+from tl_laai.memory import memory_estimate
 from tl_laai.objectives import AnswerCrossEntropy, Objective, OptionKL, VocabularyKL
 from tl_laai.opinions import OptionExample
 from tl_laai.packing import FrozenPrompts

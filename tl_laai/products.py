@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -40,6 +41,10 @@ USE_ONEDNN = (
     and _onednn is not None
 )
 """Whether products go to oneDNN: where MKL would multiply on another maker's CPU with AVX-512."""
+
+
+# New in torch 2.8.
+_MM_WIDENS = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -97,6 +102,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Add `x @ weight` to `total` in place; `[n, d_in]` and `[d_in, d_out]`, without gradients."""
     return total.add_(_product(x, weight.T)) if _suits(x, weight) else total.addmm_(x, weight)
+
+
+def wide_product(
+    x: Float[Tensor, "n d_in"], weight: Float[Tensor, "d_in d_out"]
+) -> Float[Tensor, "n d_out"]:
+    """`x @ weight` of half-precision numbers in float32, without gradients.
+
+    A product of theirs is exact in float32, and tensor cores add them up in it: only the result
+    would be rounded to half precision.
+    """
+    if x.device.type == "cuda" and _MM_WIDENS:
+        return torch.mm(x, weight, out_dtype=torch.float32)
+    return x.float() @ weight.float()
 
 
 class frozen_products(TorchFunctionMode):  # noqa: N801  # a context, like torch.no_grad

@@ -17,13 +17,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tl_laai.products import add_product_, linear
+from tl_laai.products import add_product_, linear, wide_product
+from tl_laai.recording import is_recording
 
 SLICE_ELEMENTS = 1 << 21
 """How many weights of the unembedding a slice holds: 8 MiB in float32."""
 
 LOGITS = 1 << 23
 """Largest number of logits alive at once: 32 MiB in float32."""
+
+GPU_FACTOR = 16
+"""Both are so many times as large on a GPU, where a slice costs kernels, not a cache."""
 
 # Sums of exponentials outside these bounds are taken again, relative to the largest logit.
 _SAFE_SUM = (1e-20, 1e30)
@@ -52,18 +56,24 @@ class Unembedding:
         return self.softcap * torch.tanh(logits / self.softcap)
 
 
-def slice_width(d_vocab: int, d_model: int) -> int:
-    """How many vocabulary entries one slice holds, whatever the number of tokens.
+def slice_width(weight: Float[Tensor, "d_vocab d_model"]) -> int:
+    """How many vocabulary entries one slice of the unembedding holds, whatever meets it.
 
     Sums over the vocabulary are rounded slice by slice: were slices cut by the number of tokens,
     what is said of one token would depend on those beside it.
     """
-    return max(1, min(d_vocab, max(512, SLICE_ELEMENTS // max(1, d_model))))
+    d_vocab, d_model = weight.shape
+    elements = SLICE_ELEMENTS * _factor(weight)
+    return max(1, min(d_vocab, max(512, elements // max(1, d_model))))
 
 
-def at_once(d_vocab: int, d_model: int) -> int:
-    """How many tokens may meet a slice at once."""
-    return max(1, LOGITS // slice_width(d_vocab, d_model))
+def at_once(weight: Float[Tensor, "d_vocab d_model"]) -> int:
+    """How many tokens may meet a slice of the unembedding at once."""
+    return max(1, LOGITS * _factor(weight) // slice_width(weight))
+
+
+def _factor(weight: Tensor) -> int:
+    return 1 if weight.device.type == "cpu" else GPU_FACTOR
 
 
 def _sums(
@@ -87,10 +97,10 @@ def _sums(
     peak = hidden.new_full((n,), lowest, dtype=accumulate)
     total = hidden.new_zeros((n,), dtype=accumulate)
     pulled = hidden.new_zeros((n, d), dtype=accumulate)
-    width = slice_width(weight.shape[0], d)
+    width = slice_width(weight)
     for start in range(0, weight.shape[0], width):
         part = weight[start : start + width].to(hidden)
-        logits = linear(hidden, part).to(accumulate)
+        logits = linear(hidden, part) if part.dtype == accumulate else wide_product(hidden, part.T)
         if bias is not None:
             logits += bias[start : start + width]
         slope = None
@@ -113,7 +123,7 @@ def _sums(
             if part.dtype == accumulate:
                 add_product_(pulled, logits, part)
             else:
-                pulled += (logits.to(part.dtype) @ part).to(accumulate)
+                pulled += wide_product(logits.to(part.dtype), part)
     return peak, total, pulled
 
 
@@ -150,7 +160,10 @@ class _Unembedded(torch.autograd.Function):
         peak, total, pulled = _sums(source, weight, bias, softcap, needs_gradient, narrow)
         least, most = _SAFE_SUM
         unsafe = ~((total > least) & (total < most))
-        if not narrow and bool(unsafe.any()):
+        if is_recording():
+            # What cannot be told now is no number, for whoever replays to see.
+            total = total.masked_fill(unsafe & (not narrow), torch.nan)
+        elif not narrow and bool(unsafe.any()):
             again = _sums(source[unsafe], weight, bias, softcap, needs_gradient, True)
             for whole, part in zip((peak, total, pulled), again, strict=True):
                 whole[unsafe] = part
@@ -213,7 +226,7 @@ def _unembedded(
     hidden: Tensor, head: Unembedding, targets: Tensor | None, rows: Tensor | None
 ) -> Tensor:
     """`_Unembedded` of a few tokens at a time."""
-    n = at_once(*head.weight.shape)
+    n = at_once(head.weight)
     losses = [
         _Unembedded.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
             hidden[i : i + n],
@@ -230,7 +243,7 @@ def _unembedded(
 
 def slices(head: Unembedding, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Slices of the unembedding, `[width, d_model]`, and of its bias, `[width]` or `[1]`."""
-    width = slice_width(*head.weight.shape)
+    width = slice_width(head.weight)
     none = head.weight.new_zeros(1, dtype=dtype)
     for start in range(0, head.weight.shape[0], width):
         bias = none if head.bias is None else head.bias[start : start + width].to(dtype)
@@ -253,14 +266,14 @@ def next_token(
     Returns:
         Token ids, `[n]`.
     """
-    n = at_once(*head.weight.shape)
+    n = at_once(head.weight)
     if len(hidden) > n:
         return torch.cat([next_token(part, head, generator) for part in hidden.split(n)])
     # In half precision ties, and noise rounded to zero, would make draws of another distribution.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     best = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=wide)
     token = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
-    width = slice_width(*head.weight.shape)
+    width = slice_width(head.weight)
     for start in range(0, head.weight.shape[0], width):
         logits = linear(hidden, head.weight[start : start + width]).to(wide)
         if head.bias is not None:
