@@ -176,10 +176,10 @@ def benchmark(rounds: int, device: str, dtype_name: str) -> list[dict[str, Any]]
             for n in N_PROBLEMS[device]:
                 prepare = partial(engine_step, model, examples, delta, n)
                 methods.append(Method(f"engine-{n}", backend, n, prepare))
-        _check_alike(methods, TOLERANCES[dtype_name])
         for _ in range(WARM_UP if device != "cpu" else 0):
             for method in methods:
                 method.step()
+        _check_alike(methods, TOLERANCES[dtype_name])
         for _ in range(rounds):
             for method in methods:
                 method.seconds.append(timed(method.step, device) / method.n_problems)

@@ -16,11 +16,15 @@ from test_devices import results
 from torch import Tensor
 
 from tl_laai.batches import FitBatch, FitProblem
+from tl_laai.distillation import Distillation, prepare
 from tl_laai.engine import Engine
 from tl_laai.models import load_model
+from tl_laai.opinions import OptionExample
 from tl_laai.prefix import freeze
+from tl_laai.problems import engine_for
+from tl_laai.prompts import PromptTemplate
 from tl_laai.recording import CALLS_BEFORE
-from tl_laai.tasks import Task
+from tl_laai.tasks import Example, Task
 from tl_laai.vocabulary import cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -66,6 +70,23 @@ def test_recorded_evaluations_give_what_the_cpu_gives(backend: str, family: str)
         ):
             torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
     assert all(plan._replayed.is_recorded for plan in engine.plans([0, 1]))
+
+
+def test_every_objective_is_recorded() -> None:
+    model = on_gpu("bridge", "llama")
+    opinion = OptionExample("ab:", ("x", "y"), (0.3, 0.7), outside_weight=1.0)
+    lesson = prepare(
+        model,
+        (Example("ab", "x"), Example("c", "yz")),
+        Distillation(inputs=("f", "gh"), label_share=0.5),
+        template=PromptTemplate(text="{input}>", answer_prefix="", separator=";", answer_end="."),
+    )
+    for examples in ((opinion,), lesson.examples):
+        engine = engine_for(model, [examples], layers=[1])
+        zero = torch.zeros(1, engine.prompts.backend.n_heads, engine.prompts.backend.d_head)
+        for _ in range(CALLS_BEFORE + 2):
+            engine.value_and_grad(zero, torch.tensor([0]))
+        assert all(plan._replayed.is_recorded for plan in engine.plans([0]))
 
 
 def test_logits_outside_the_range_of_sums_are_taken_anew() -> None:

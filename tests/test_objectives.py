@@ -101,6 +101,25 @@ def test_kl_in_narrow_precision_is_near_the_wide_one(cap: float | None, dtype: t
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_near_its_lowest_the_gradient_of_the_kl_keeps_its_digits_in_half_precision(
+    dtype: torch.dtype,
+) -> None:
+    hidden, weight, _, _ = draw(4, 2000, 64, dtype=dtype)
+    weight = weight / 8
+    nearby = hidden.float() + 0.02 * torch.randn(4, 64)
+    target = mean_distribution(nearby[None], Unembedding(weight.float(), None, None))
+    objective = VocabularyKL(torch.full((4,), -1), torch.arange(4), target)
+    found = []
+    for own in (dtype, torch.float64):
+        leaf = hidden.to(own).requires_grad_()
+        loss = objective.losses(leaf, torch.arange(4), Unembedding(weight.to(own), None, None))
+        found.append(torch.autograd.grad(loss.sum(), leaf)[0].double())
+    assert float(loss.detach().max()) < 1e-3
+    error = (found[0] - found[1]).norm() / found[1].norm()
+    assert float(error) < 0.01  # measured: 0.02 and 0.17 %; with sums in bfloat16 several
+
+
 def test_capped_averages_over_different_numbers_of_teachers_are_refused_together() -> None:
     hidden, weight, _, _ = draw(3, 17, 4)
     head = Unembedding(weight, None, 3.0)

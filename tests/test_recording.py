@@ -52,6 +52,18 @@ def test_what_cannot_be_recorded_is_called_each_time() -> None:
         return (x * float(x.max()),)
 
     recorded = Recorded(function)
+    stream = torch.cuda.current_stream()
     for k in range(1, CALLS_BEFORE + 4):
         assert recorded(torch.full((2,), float(k), device="cuda"))[0].tolist() == [float(k * k)] * 2
     assert not recorded.is_recorded
+    assert torch.cuda.current_stream() == stream
+
+
+@needs_gpu
+def test_arguments_of_another_shape_or_dtype_are_not_replayed() -> None:
+    recorded = Recorded(lambda x: (2 * x,))
+    for _ in range(CALLS_BEFORE + 2):
+        recorded(torch.ones(2, device="cuda"))
+    assert recorded.is_recorded
+    assert recorded(torch.ones(3, device="cuda"))[0].tolist() == [2.0] * 3
+    assert recorded(torch.ones(2, dtype=torch.float64, device="cuda"))[0].dtype == torch.float64

@@ -126,6 +126,11 @@ class Backend(ABC):
         """Make position tables reach `length` (nothing to do where the model grows them)."""
         return
 
+    def tensors(self) -> list[Tensor]:
+        """All that evaluations read of the model."""
+        roots = (self.model, getattr(self.model, "original_model", self.model))
+        return [t for root in roots for t in (*root.parameters(), *root.buffers())]
+
     # What both share ----------------------------------------------------------------------
 
     def final_norm(self, residual: Float[Tensor, "n d_model"]) -> Tensor:

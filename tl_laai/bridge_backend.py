@@ -135,6 +135,9 @@ class BridgeBackend(Backend):
         tokens = torch.zeros((1, size), dtype=torch.long, device=self.device)
         self.capture(tokens, at_block=lambda _, __: None, at_attention=lambda _, __: None)
 
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *(table for both in self._rotary.values() for table in both)]
+
     def unembedding(self) -> Unembedding:
         unembed = self.model.unembed.original_component
         bias = unembed.bias

@@ -281,7 +281,9 @@ class _Plan:
         itself = weakref.proxy(self)
         self._replayed: Recorded | None = None
         if engine.pool is not None:
-            self._replayed = Recorded(lambda x: itself._value_and_grad(x), engine.pool)
+            self._replayed = Recorded(
+                lambda x: itself._value_and_grad(x), engine.pool, prompts.backend.tensors
+            )
 
     def per_token(self, deltas: Tensor, of: Tensor) -> Tensor:
         """Loss of every counted token, `[n_counted]`; token i is edited with `deltas[of[i]]`."""
@@ -311,8 +313,11 @@ class _Plan:
         if self._replayed is None:
             return self._value_and_grad(copies)
         loss, gradient = self._replayed(copies)
+        if bool(loss.isfinite().all()):
+            return loss, gradient
         # Sums out of the floating-point range are taken anew, which no recording can decide.
-        return (loss, gradient) if bool(loss.isfinite().all()) else self._value_and_grad(copies)
+        self._replayed = None
+        return self._value_and_grad(copies)
 
     def _value_and_grad(self, copies: Tensor) -> tuple[Tensor, Tensor]:
         leaf = copies.detach().requires_grad_()

@@ -9,6 +9,7 @@ import torch
 from tl_laai.attention import room_for_keys
 from tl_laai.backends import Backend
 from tl_laai.prompts import TokenisedExample
+from tl_laai.vocabulary import bytes_of_a_pass
 
 
 def bytes_per_token(backend: Backend, n_keys: int, lowest_layer: int) -> int:
@@ -40,7 +41,8 @@ def memory_estimate(
         examples: the tokenised examples of all problems.
         layers: the edited layer of each problem.
         rows: the examples of each problem, as indices.
-        max_memory: GiB that one chunk of rows may take; frozen prefixes come on top.
+        max_memory: GiB that one chunk of rows may take; frozen prefixes and the pass over the
+            vocabulary come on top.
     """
     room = room_for_keys(max(len(e.prompt) for e in examples) - 1)
     n_prefixes = len({e.prompt[:-1] for e in examples})
@@ -48,4 +50,5 @@ def memory_estimate(
     kept = 2 * backend.n_layers * n_prefixes * room * per_key
     n_tokens = sum(max(1, len(examples[i].answer)) for own in rows for i in own)
     evaluation = n_tokens * bytes_per_token(backend, room + 1, min(layers))
-    return kept + min(evaluation, int(max_memory * 2**30))
+    vocabulary = bytes_of_a_pass(backend.unembedding().weight, n_tokens)
+    return kept + min(evaluation, int(max_memory * 2**30)) + vocabulary

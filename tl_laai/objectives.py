@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -89,22 +90,23 @@ class VocabularyKL(Objective):
         self, hidden: Float[Tensor, "n d_model"], tokens: Int[Tensor, " n"], head: Unembedding
     ) -> Float[Tensor, " n"]:
         """`sum target log(target / softmax(logits))`."""
-        targets, which = self.targets[tokens].clamp(min=0), self.of[tokens]
-        taught = (which >= 0).nonzero().squeeze(1)
-        own = self.distributions[which[taught]]
+        which = self.of[tokens]
+        targets, taught = self.targets[tokens].clamp(min=0), which >= 0
+        # Of all tokens, those that are not taught included: which are is not to be read back.
+        own = self.distributions[which.clamp(min=0)]
         wide = torch.promote_types(hidden.dtype, own.offsets.dtype)
         rows = head.weight[targets].to(wide)
         offsets = rows.new_zeros(len(rows)) if head.bias is None else head.bias[targets].to(wide)
         if own.mean_rows is not None:
-            rows = rows.index_copy(0, taught, own.mean_rows.to(wide))
-            offsets = offsets.index_copy(0, taught, own.offsets.to(wide))
+            rows = torch.where(taught[:, None], own.mean_rows.to(wide), rows)
+            offsets = torch.where(taught, own.offsets.to(wide), offsets)
             return log_sum_exp_minus(hidden, head, rows) - offsets
         # Two terms nearly cancel: in half precision their rounding would be the gradient.
         hidden = hidden.to(wide)
         logits = head.cap((hidden * rows).sum(-1) + offsets)
-        means = capped_mean_logit(hidden[taught], own, head) + own.offsets
+        means = capped_mean_logit(hidden, own, head) + own.offsets
         none = torch.zeros_like(hidden)
-        return log_sum_exp_minus(hidden, head, none) - logits.index_copy(0, taught, means)
+        return log_sum_exp_minus(hidden, head, none) - torch.where(taught, means, logits)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,10 @@ class OptionKL(Objective):
     distributions: Float[Tensor, "n_questions most_options"]
     outside_weights: Float[Tensor, " n_questions"]
 
+    @cached_property
+    def _asks_for_an_option(self) -> bool:
+        return bool(self.outside_weights.any())
+
     def counted(self) -> Bool[Tensor, " n_tokens"]:
         """The tokens after which an option is named."""
         return self.of >= 0
@@ -139,7 +145,7 @@ class OptionKL(Objective):
         logits = _option_logits(hidden, self.options[question], head)
         log_p, share = logits.log_softmax(dim=-1), self.distributions[question].to(logits)
         loss = (torch.xlogy(share, share) - share * log_p.masked_fill(share == 0, 0)).sum(-1)
-        if not weight.any():
+        if not self._asks_for_an_option:
             return loss
         # Two terms nearly cancel: in half precision their rounding would be the loss.
         whole = log_sum_exp_minus(hidden.to(logits), head, torch.zeros_like(hidden).to(logits))

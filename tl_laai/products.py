@@ -104,17 +104,42 @@ def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return total.add_(_product(x, weight.T)) if _suits(x, weight) else total.addmm_(x, weight)
 
 
-def wide_product(
-    x: Float[Tensor, "n d_in"], weight: Float[Tensor, "d_in d_out"]
-) -> Float[Tensor, "n d_out"]:
-    """`x @ weight` of half-precision numbers in float32, without gradients.
+def as_multiplied(x: Tensor) -> Tensor:
+    """Numbers as `wide_linear` multiplies them: what it would widen is widened once."""
+    return x if _tensor_cores_widen(x) else x.to(torch.promote_types(x.dtype, torch.float32))
 
-    A product of theirs is exact in float32, and tensor cores add them up in it: only the result
-    would be rounded to half precision.
+
+def wide_linear(
+    x: Float[Tensor, "n d_in"], weight: Float[Tensor, "d_out d_in"]
+) -> Float[Tensor, "n d_out"]:
+    """`x @ weight.T` in float32 at least.
+
+    Products of half-precision numbers are exact in float32, and tensor cores add them up in it:
+    only the result would be rounded to half precision.
     """
-    if x.device.type == "cuda" and _MM_WIDENS:
-        return torch.mm(x, weight, out_dtype=torch.float32)
-    return x.float() @ weight.float()
+    if _tensor_cores_widen(x):
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    x = as_multiplied(x)
+    return linear(x, weight.to(x.dtype))
+
+
+def add_wide_product_(
+    total: Float[Tensor, "n d_out"],
+    x: Float[Tensor, "n d_in"],
+    weight: Float[Tensor, "d_in d_out"],
+) -> Float[Tensor, "n d_out"]:
+    """Add `x @ weight` to `total` in place, `x` as wide as `total` and weights of any dtype."""
+    if not _tensor_cores_widen(weight):
+        return add_product_(total, x, weight.to(total.dtype))
+    high = x.to(weight.dtype)
+    low = (x - high).to(weight.dtype)  # together as good as twice as many digits
+    total += torch.mm(high, weight, out_dtype=torch.float32)
+    total += torch.mm(low, weight, out_dtype=torch.float32)
+    return total
+
+
+def _tensor_cores_widen(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and _MM_WIDENS
 
 
 class frozen_products(TorchFunctionMode):  # noqa: N801  # a context, like torch.no_grad

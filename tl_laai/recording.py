@@ -7,24 +7,29 @@ tensors that it reads besides its argument, stay where they are.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Function: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
 
 CALLS_BEFORE = 2
 """Calls that run as they are: what changes at once is not worth a recording."""
 
 _LOG = logging.getLogger("tl_laai")
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class Recorded:
     """A function of one tensor, recorded at its third call on a GPU and replayed from then on.
 
-    Elsewhere, and where something in it cannot be recorded (a number read back from the GPU, say),
-    it is the function itself.
+    Elsewhere, for arguments of another shape or dtype, and where something in it cannot be
+    recorded (a number read back from the GPU, say), it is the function itself.
 
     Example:
         >>> double = Recorded(lambda x: (2 * x,))
@@ -33,28 +38,82 @@ class Recorded:
 
     Args:
         function: its results are tensors of the same shapes at every call.
-        pool: memory shared with other recordings, of which no two run at once.
+        pool: memory shared with other recordings.
+        reads: tells what tensors it reads that others may replace: a recording reads on where they
+            stood, so it keeps them.
     """
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], pool: Any = None) -> None:
-        self._function, self._pool = function, pool
+    def __init__(
+        self,
+        function: Function,
+        pool: Any = None,
+        reads: Callable[[], Iterable[Tensor]] = tuple,
+    ) -> None:
+        self._function, self._pool, self._reads = function, pool, reads
         self._calls = 0
-        self._replay: Callable[[Tensor], tuple[Tensor, ...]] = function
+        self._recording: _Recording | None = None
 
     @property
     def is_recorded(self) -> bool:
         """Whether calls are replayed."""
-        return self._replay is not self._function
+        return self._recording is not None
 
     def __call__(self, argument: Tensor) -> tuple[Tensor, ...]:
         """The function's results, in memory of their own."""
         self._calls += 1
         if argument.device.type == "cuda" and self._calls == CALLS_BEFORE + 1:
             try:
-                self._replay = _recorded(self._function, argument, self._pool)
+                self._recording = _Recording(self._function, argument, self._pool, self._reads)
             except RuntimeError as error:
                 _LOG.info("not recorded as a CUDA graph: %s", str(error).splitlines()[0])
-        return self._replay(argument)
+        if self._recording is None or not self._recording.takes(argument):
+            return self._function(argument)
+        return self._recording.replay(argument)
+
+
+class _Recording:
+    """A function's kernels as a CUDA graph. RuntimeError: it cannot be one."""
+
+    def __init__(
+        self,
+        function: Function,
+        argument: Tensor,
+        pool: Any,
+        reads: Callable[[], Iterable[Tensor]],
+    ) -> None:
+        self._place = argument.detach().clone()
+        self._graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(argument.device)
+        stream = _stream(argument.device)
+        # The outer context puts the current stream back where a recording fails half-way.
+        with _ONE_AT_A_TIME, torch.cuda.device(argument.device), torch.cuda.stream(current):
+            # Libraries set themselves up at their first use on a stream, which cannot be recorded.
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                function(self._place)
+            current.wait_stream(stream)
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                self._results = function(self._place)
+        self._kept = tuple(tensor.detach() for tensor in reads())
+
+    def takes(self, argument: Tensor) -> bool:
+        place = self._place
+        alike = argument.shape == place.shape and argument.dtype == place.dtype
+        return alike and argument.device == place.device
+
+    def replay(self, argument: Tensor) -> tuple[Tensor, ...]:
+        with _ONE_AT_A_TIME:
+            self._place.copy_(argument)
+            self._graph.replay()
+            return tuple(result.clone() for result in self._results)
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """The stream of a device on which everything is recorded: each keeps memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 def pool_of(model: Any) -> Any:
@@ -69,27 +128,3 @@ def pool_of(model: Any) -> Any:
 def is_recording() -> bool:
     """Whether kernels are being recorded, so that no number can be read back from the GPU."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _recorded(
-    function: Callable[[Tensor], tuple[Tensor, ...]], argument: Tensor, pool: Any
-) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The function as a CUDA graph. RuntimeError: it cannot be one."""
-    place = argument.detach().clone()
-    with torch.cuda.device(argument.device):
-        # Libraries set themselves up at their first use on a stream, which cannot be recorded.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(place)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            results = function(place)
-
-    def replay(argument: Tensor) -> tuple[Tensor, ...]:
-        place.copy_(argument)
-        graph.replay()
-        return tuple(result.clone() for result in results)
-
-    return replay

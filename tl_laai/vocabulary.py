@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tl_laai.products import add_product_, linear, wide_product
+from tl_laai.products import add_wide_product_, as_multiplied, wide_linear
 from tl_laai.recording import is_recording
 
 SLICE_ELEMENTS = 1 << 21
@@ -26,8 +26,8 @@ SLICE_ELEMENTS = 1 << 21
 LOGITS = 1 << 23
 """Largest number of logits alive at once: 32 MiB in float32."""
 
-GPU_FACTOR = 16
-"""Both are so many times as large on a GPU, where a slice costs kernels, not a cache."""
+GPU_SLICES, GPU_LOGITS = 16, 4
+"""They are so many times as large on a GPU, where a slice costs kernels, not a cache."""
 
 # Sums of exponentials outside these bounds are taken again, relative to the largest logit.
 _SAFE_SUM = (1e-20, 1e30)
@@ -63,17 +63,21 @@ def slice_width(weight: Float[Tensor, "d_vocab d_model"]) -> int:
     what is said of one token would depend on those beside it.
     """
     d_vocab, d_model = weight.shape
-    elements = SLICE_ELEMENTS * _factor(weight)
+    elements = SLICE_ELEMENTS * (1 if weight.device.type == "cpu" else GPU_SLICES)
     return max(1, min(d_vocab, max(512, elements // max(1, d_model))))
 
 
 def at_once(weight: Float[Tensor, "d_vocab d_model"]) -> int:
     """How many tokens may meet a slice of the unembedding at once."""
-    return max(1, LOGITS * _factor(weight) // slice_width(weight))
+    logits = LOGITS * (1 if weight.device.type == "cpu" else GPU_LOGITS)
+    return max(1, logits // slice_width(weight))
 
 
-def _factor(weight: Tensor) -> int:
-    return 1 if weight.device.type == "cpu" else GPU_FACTOR
+def bytes_of_a_pass(weight: Float[Tensor, "d_vocab d_model"], n_tokens: int) -> int:
+    """Estimated memory of a pass over the vocabulary: its logits, and two more tables like them."""
+    accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    table = min(n_tokens, at_once(weight)) * slice_width(weight)
+    return 3 * table * torch.finfo(accumulate).bits // 8
 
 
 def _sums(
@@ -97,10 +101,10 @@ def _sums(
     peak = hidden.new_full((n,), lowest, dtype=accumulate)
     total = hidden.new_zeros((n,), dtype=accumulate)
     pulled = hidden.new_zeros((n, d), dtype=accumulate)
-    width = slice_width(weight)
+    hidden, width = as_multiplied(hidden), slice_width(weight)
     for start in range(0, weight.shape[0], width):
         part = weight[start : start + width].to(hidden)
-        logits = linear(hidden, part) if part.dtype == accumulate else wide_product(hidden, part.T)
+        logits = wide_linear(hidden, part)
         if bias is not None:
             logits += bias[start : start + width]
         slope = None
@@ -120,10 +124,7 @@ def _sums(
         if needs_gradient:
             if slope is not None:
                 logits *= slope
-            if part.dtype == accumulate:
-                add_product_(pulled, logits, part)
-            else:
-                pulled += wide_product(logits.to(part.dtype), part)
+            add_wide_product_(pulled, logits, part)
     return peak, total, pulled
 
 
@@ -275,7 +276,7 @@ def next_token(
     token = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     width = slice_width(head.weight)
     for start in range(0, head.weight.shape[0], width):
-        logits = linear(hidden, head.weight[start : start + width]).to(wide)
+        logits = wide_linear(hidden, head.weight[start : start + width]).to(wide)
         if head.bias is not None:
             logits = logits + head.bias[start : start + width]
         if generator is not None:
