@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import threading
 import time
 from collections import Counter
@@ -32,7 +33,11 @@ def hardware(device: str) -> str:
     """Short name of what multiplies; rows of other hardware are kept."""
     if device == "cuda":
         return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0]
-    return next((make for name, make in MAKES.items() if name in about_cpu()), platform.machine())
+    about = about_cpu()
+    make = next((make for name, make in MAKES.items() if name in about), platform.machine())
+    # Generations of one make differ by a factor of two.
+    family = re.search(r"^cpu family\s*: (\d+)", about, re.MULTILINE)
+    return f"{make} family {family[1]}" if family else make
 
 
 class RecordProducts(TorchDispatchMode):
