@@ -12,7 +12,6 @@ objective in half to three quarters of the evaluations.
 from __future__ import annotations
 
 import math
-from collections import deque
 
 import torch
 from jaxtyping import Float
@@ -31,38 +30,48 @@ _INNER_STEPS, _INNER_TOLERANCE = 200, 1e-2
 class Curvature:
     """A sum of BFGS matrices, each `scale * I` but on the space that its pairs span.
 
-    A term's matrix is built in coordinates of that space, where the updates are small dense
-    matrices, and kept as eigenvalues, all positive. All terms share the steps; their gradients'
-    turns are their own.
+    All terms share the steps; their gradients' turns are their own. A term's matrix is kept in the
+    compact form of Byrd, Nocedal & Schnabel (Math. Programming 1994, theorem 2.3), in float64:
+
+        B = scale I - U' M^-1 U,   U = [scale S; Y],   M = [[scale S S', L], [L', -D]]
+
+    with the steps and turns as rows of S and Y, each pair scaled to a step of length 1, and S Y'
+    parted into what is below its diagonal, L, and its diagonal, D.
 
     Args:
         scale: Of the whole, before anything is learnt.
         n_terms: How many terms the loss is the sum of.
-        dtype: In which products are taken; what is learnt is worked out in float64.
+        size: Length of a step, `n_heads * d_head`.
     """
 
-    def __init__(self, scale: float, n_terms: int, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, scale: float, n_terms: int, size: int) -> None:
         self.scale = self.largest = scale
-        self._dtype = dtype
-        self._steps: deque[Tensor] = deque(maxlen=_MEMORY)
-        self._turns: deque[Tensor] = deque(maxlen=_MEMORY)
         self._scales = torch.full((n_terms,), scale / n_terms, dtype=torch.float64)
-        # Eigenvectors of all terms side by side, and by how much their eigenvalues are above
-        # their term's scale: `[d, n_terms * rank]` and `[n_terms, rank]`.
-        self._vectors = torch.zeros(0, 0, dtype=dtype)
-        self._excess = torch.zeros(n_terms, 0, dtype=dtype)
+        # Steps, then the turns of each term. The newest pair takes the place of the oldest; a place
+        # not yet taken holds zeros, and counts in M as an orthonormal pair of its own.
+        self._pairs = torch.zeros(1 + n_terms, _MEMORY, size, dtype=torch.float64)
+        self._n_pairs = 0
+        self._age = torch.full((_MEMORY,), -1)
+        self._steps_steps = torch.eye(_MEMORY, dtype=torch.float64)
+        self._steps_turns = self._steps_steps.repeat(n_terms, 1, 1)
+        # M^-1 of each term; and of the whole, between all rows of `_pairs`.
+        self._inverses = torch.zeros(n_terms, 2 * _MEMORY, 2 * _MEMORY, dtype=torch.float64)
+        self._inner = self._gathered()
         self._leading: Tensor | None = None
 
     def times(self, step: Float[Tensor, "n_heads d_head"]) -> Float[Tensor, "n_heads d_head"]:
         """The product with the whole matrix."""
-        product = self.scale * step
-        if not self._steps:
-            return product
-        inside = self._coordinates(step.flatten()).mul_(self._excess.flatten())
-        return product.add_((self._vectors @ inside).view_as(step))
+        flat, pairs = step.flatten(), self._pairs.flatten(0, 1)
+        return (self.scale * flat - (self._inner @ (pairs @ flat)) @ pairs).view_as(step)
 
-    def _coordinates(self, flat: Tensor) -> Float[Tensor, " n_terms_times_rank"]:
-        return self._vectors.T @ flat.to(self._dtype)
+    def _bend_of_terms(self, flat: Float[Tensor, " size"]) -> Float[Tensor, " n_terms"]:
+        """`step . B_i step` of each term."""
+        steps, turns = (self._pairs @ flat).split([1, len(self._scales)])
+        own = torch.cat([self._scales[:, None] * steps, turns], dim=1)
+        solved = torch.einsum("tij,tj->ti", self._inverses, own)
+        most = self._scales * torch.dot(flat, flat)
+        # Positive, as the updates keep it; rounding alone may not.
+        return torch.maximum(most - (own * solved).sum(dim=1), 1e-12 * most)
 
     def learn(
         self,
@@ -82,66 +91,50 @@ class Curvature:
             kept = _KEPT_CURVATURE * self._bend_of_terms(flat)
             turns = torch.where(too_flat[:, None], flat * (kept / squared)[:, None], turns)
             along = torch.where(too_flat, kept, along)
-        self._steps.append(flat)
-        self._turns.append(turns)
         self._scales = along / squared
         self.scale = float(self._scales.sum())
-        self._rebuild()
-        self._find_largest()
+        self._store(torch.cat([flat[None], turns]) / squared.sqrt())
+        self._find_largest(turns.sum(dim=0))
 
-    def _bend_of_terms(self, flat: Tensor) -> Float[Tensor, " n_terms"]:
-        """`step . B_i step` of each term."""
-        bends = self._scales.to(flat.device) * torch.dot(flat, flat)
-        if not self._steps:
-            return bends
-        inside = self._coordinates(flat).view_as(self._excess)
-        return bends + (self._excess * inside.square()).sum(dim=1)
+    def _store(self, pair: Float[Tensor, "n_terms_and_1 size"]) -> None:
+        """Replace the oldest pair, and invert M anew."""
+        place = self._n_pairs % _MEMORY
+        self._age[place] = self._n_pairs
+        self._n_pairs += 1
+        self._pairs[:, place] = pair
+        with_steps = self._pairs[0] @ pair.T
+        self._steps_steps[place] = self._steps_steps[:, place] = with_steps[:, 0]
+        self._steps_turns[:, :, place] = with_steps[:, 1:].T
+        self._steps_turns[:, place] = self._pairs[1:] @ pair[0]
+        below = self._steps_turns * (self._age[:, None] > self._age)
+        diagonal = torch.diag_embed(self._steps_turns.diagonal(dim1=1, dim2=2))
+        above = torch.cat([self._scales[:, None, None] * self._steps_steps, below], dim=2)
+        middle = torch.cat([above, torch.cat([below.mT, -diagonal], dim=2)], dim=1)
+        self._inverses = torch.linalg.inv_ex(middle).inverse
+        self._inner = self._gathered()
 
-    def _rebuild(self) -> None:
-        """Eigenvalues and vectors of every term's matrix, from its pairs."""
-        n_terms = len(self._scales)
-        steps = torch.stack(tuple(self._steps), dim=1).expand(n_terms, -1, -1)
-        turns = torch.stack(tuple(self._turns), dim=2)
-        basis = torch.linalg.qr(torch.cat([steps, turns], dim=2)).Q
-        identity = torch.eye(basis.shape[2], dtype=basis.dtype, device=basis.device)
-        matrix = self._scales[:, None, None] * identity
-        inner_steps, inner_turns = (basis.mT @ vectors for vectors in (steps, turns))
-        for k in range(inner_steps.shape[2]):
-            s, y = inner_steps[:, :, k], inner_turns[:, :, k]
-            image = torch.einsum("tij,tj->ti", matrix, s)
-            matrix = (
-                matrix
-                - image[:, :, None] * image[:, None] / (s * image).sum(dim=1)[:, None, None]
-                + y[:, :, None] * y[:, None] / (s * y).sum(dim=1)[:, None, None]
-            )
-        values, vectors = torch.linalg.eigh(matrix)
-        # The updates keep the matrices positive; rounding alone may not.
-        values = torch.maximum(values, 1e-12 * values[:, -1:])
-        side_by_side = (basis @ vectors).movedim(1, 0).flatten(1)
-        self._vectors = side_by_side.to(self._dtype).contiguous()
-        self._excess = (values - self._scales[:, None]).to(self._dtype)
+    def _gathered(self) -> Float[Tensor, "n_rows n_rows"]:
+        """The matrix between the rows of `_pairs` whose form is `U' M^-1 U`, summed over terms."""
+        scales, m = self._scales[:, None, None], _MEMORY
+        of_steps, of_turns = self._inverses.split(m, dim=1)
+        inner: Tensor = torch.block_diag(torch.zeros_like(self._steps_steps), *of_turns[:, :, m:])
+        inner[:m, :m] = (scales.square() * of_steps[:, :, :m]).sum(dim=0)
+        inner[:m, m:] = (scales * of_steps[:, :, m:]).movedim(0, 1).flatten(1)
+        inner[m:, :m] = inner[:m, m:].T
+        return inner
 
-    def _find_largest(self) -> None:
-        """The largest eigenvalue of the whole, or a little more.
-
-        It is no less than that of any term, whose own scale is replaced by the whole one, and no
-        more than the sum over terms; in between, power iteration finds it from below.
-        """
-        tops = self._excess.max(dim=1).values
-        least = self.scale + max(0.0, float(tops.max()))
-        most = self.scale + float(tops.clamp_min(0).sum())
-        found = least
-        if most > _MARGIN * least:
-            vector = self._leading
-            if vector is None:
-                rank = self._excess.shape[1]
-                vector = self._vectors[:, rank - 1 :: rank].sum(dim=1).double()
-            for _ in range(_POWER_STEPS):
-                image = self.times(vector[None])[0]
-                found = float(image.norm() / vector.norm())
-                vector = image / image.norm()
-            self._leading = vector
-        self.largest = min(most, max(least, _MARGIN * found))
+    def _find_largest(self, turn: Float[Tensor, " size"]) -> None:
+        """The largest eigenvalue of the whole, or nearly: by power iteration, from below."""
+        vector = turn / turn.norm()
+        if self._leading is not None:
+            vector = vector + self._leading
+        found = 0.0
+        for _ in range(_POWER_STEPS):
+            image = self.times(vector[None])[0]
+            found = float(image.norm() / vector.norm())
+            vector = image / image.norm()
+        self._leading = vector
+        self.largest = max(self.scale, _MARGIN * found)
 
 
 def model_minimiser(
@@ -164,22 +157,33 @@ def model_minimiser(
         The minimiser, in float64, to a hundredth of the first inner step.
     """
     origin, gradient = origin.double(), gradient.double()
-    step = 1 / (curvature.largest + ridge)
+    size = 1 / (curvature.largest + ridge)
     current = lead = origin
+    bent = lead_bent = torch.zeros_like(origin)  # (B + ridge I)(z - origin) at `current`, `lead`
     momentum, first = 1.0, 0.0
     for inner in range(_INNER_STEPS):
-        away = lead - origin
-        slope = gradient + curvature.times(away) + ridge * away
-        found = penalty.prox(lead - step * slope, step)
-        moved = float((found - lead).norm())
-        first = first or moved
-        if inner and moved <= _INNER_TOLERANCE * first:
+        found = penalty.prox(lead - size * (gradient + lead_bent), size)
+        away, moved = found - origin, found - lead
+        found_bent = curvature.times(away) + ridge * away
+        squared = _dot(moved, moved)
+        # Beyond rounding, the step was too long only if `largest` is still below the eigenvalue.
+        if size * _dot(moved, found_bent - lead_bent) > _MARGIN * squared:
+            size /= 2
+            continue
+        first = first or squared
+        if inner and squared <= _INNER_TOLERANCE**2 * first:
             return found
-        if float(torch.dot((lead - found).flatten(), (found - current).flatten())) > 0:
-            momentum, lead = 1.0, found
+        if _dot(moved, found - current) < 0:
+            momentum, lead, lead_bent = 1.0, found, found_bent
         else:
             following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            lead = found + (momentum - 1) / following * (found - current)
+            ahead = (momentum - 1) / following
+            lead = found + ahead * (found - current)
+            lead_bent = found_bent + ahead * (found_bent - bent)
             momentum = following
-        current = found
+        current, bent = found, found_bent
     return current
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    return float(torch.dot(first.flatten(), second.flatten()))
