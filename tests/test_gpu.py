@@ -12,12 +12,17 @@ import pytest
 import tiny
 import torch
 from heads import draw, slow_logits
+from methods_on_tiny import EXAMPLES
 from test_devices import results
 from torch import Tensor
 
+from tl_laai.baselines import METHODS
 from tl_laai.batches import FitBatch, FitProblem
+from tl_laai.decoding import Edit
 from tl_laai.distillation import Distillation, prepare
 from tl_laai.engine import Engine
+from tl_laai.evaluation import evaluate_edits
+from tl_laai.finetuning import fine_tune
 from tl_laai.models import load_model
 from tl_laai.opinions import OptionExample
 from tl_laai.prefix import freeze
@@ -124,6 +129,43 @@ def test_logits_of_half_precision_are_not_rounded(dtype: torch.dtype) -> None:
     wide = slow_logits(hidden.double(), weight.double(), bias.double(), None)
     expected = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def tensors(edit: Edit) -> list[Tensor]:
+    kinds = (edit.deltas, edit.scale, edit.residual, edit.replace)
+    return [kind[layer] for kind in kinds for layer in sorted(kind)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_baselines_on_a_gpu_are_those_of_the_cpu(name: str) -> None:
+    method, (cpu, gpu) = METHODS[name], (on_cpu("bridge", "llama"), on_gpu("bridge", "llama"))
+    setting = method.grid(cpu)[:1]
+    (one,), (two,) = (method.candidates(model, EXAMPLES, setting).values() for model in (cpu, gpu))
+    for expected, found in zip(tensors(one), tensors(two), strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)
+    rows = [evaluate_edits(m, EXAMPLES, {"it": e})["it"].rows for m, e in ((cpu, one), (gpu, two))]
+    assert [row.prediction for row in rows[1]] == [row.prediction for row in rows[0]]
+
+
+def test_fine_tuning_on_a_gpu_is_that_of_the_cpu() -> None:
+    options: Any = {"learning_rate": 0.01, "steps": 3}
+    one, two = (
+        fine_tune(
+            model,
+            EXAMPLES,
+            hf_model=tiny.tiny_hf("llama", dtype=torch.float32).to(where),
+            **options,
+        )
+        for model, where in (
+            (on_cpu("bridge", "llama"), "cpu"),
+            (on_gpu("bridge", "llama"), "cuda"),
+        )
+    )
+    torch.testing.assert_close(
+        torch.tensor(two.losses), torch.tensor(one.losses), rtol=1e-3, atol=0
+    )
+    found, expected = (fitted.evaluate(EXAMPLES).rows for fitted in (two, one))
+    assert [row.prediction for row in found] == [row.prediction for row in expected]
 
 
 def packaged(device: str, dtype: torch.dtype) -> Any:

@@ -23,7 +23,11 @@ from tl_laai.penalties import SparseGroupLasso
 _MEMORY = 30  # curvature pairs
 _FLAT = 0.05  # cosine of a step and the gradient's turn below which the turn is not learnt
 _KEPT_CURVATURE = 0.2  # share of the curvature that is kept along such a step
+_TINY = 1e-100  # curvature that is always kept
 _POWER_STEPS, _MARGIN = 5, 1.1  # for the largest eigenvalue, and on top of what they find
+# An inner step may be so many times as long as the bend that it meets allows; accelerated ones are
+# stable up to 4/3.
+_TOO_LONG = 1.1
 _INNER_STEPS, _INNER_TOLERANCE = 200, 1e-2
 
 
@@ -36,7 +40,8 @@ class Curvature:
         B = scale I - U' M^-1 U,   U = [scale S; Y],   M = [[scale S S', L], [L', -D]]
 
     with the steps and turns as rows of S and Y, each pair scaled to a step of length 1, and S Y'
-    parted into what is below its diagonal, L, and its diagonal, D.
+    parted into what is below its diagonal, L, and its diagonal, D. What is passed in is float64, on
+    the device that was the default when this was made.
 
     Args:
         scale: Of the whole, before anything is learnt.
@@ -69,9 +74,11 @@ class Curvature:
         steps, turns = (self._pairs @ flat).split([1, len(self._scales)])
         own = torch.cat([self._scales[:, None] * steps, turns], dim=1)
         solved = torch.einsum("tij,tj->ti", self._inverses, own)
-        most = self._scales * torch.dot(flat, flat)
-        # Positive, as the updates keep it; rounding alone may not.
-        return torch.maximum(most - (own * solved).sum(dim=1), 1e-12 * most)
+        squared = torch.dot(flat, flat)
+        most = self._scales * squared
+        # Positive, as the updates keep it; rounding alone may not, nor cutting it without an end.
+        least = torch.maximum(1e-12 * most, _TINY * squared)
+        return torch.maximum(most - (own * solved).sum(dim=1), least)
 
     def learn(
         self,
@@ -81,7 +88,8 @@ class Curvature:
         """Take in by how much each term's gradient turns along `step`.
 
         Where a term bends downwards, or hardly at all, its turn would spoil a positive matrix.
-        Then only its curvature along `step` is cut, so that the next step there is longer.
+        Then it is taken to bend by a fifth of what it was thought to along `step`, so that the next
+        step there is longer. What a term bends by along the last step is its scale.
         """
         flat, turns = step.flatten(), turns.flatten(1)
         squared = torch.dot(flat, flat)
@@ -124,10 +132,11 @@ class Curvature:
         return inner
 
     def _find_largest(self, turn: Float[Tensor, " size"]) -> None:
-        """The largest eigenvalue of the whole, or nearly: by power iteration, from below."""
+        """The largest eigenvalue of the whole, or nearly: by power iteration, and a margin."""
         vector = turn / turn.norm()
         if self._leading is not None:
-            vector = vector + self._leading
+            same_side = torch.dot(vector, self._leading) >= 0
+            vector = self._leading + torch.where(same_side, vector, -vector)
         found = 0.0
         for _ in range(_POWER_STEPS):
             image = self.times(vector[None])[0]
@@ -154,7 +163,7 @@ def model_minimiser(
         penalty: Of one problem.
 
     Returns:
-        The minimiser, in float64, to a hundredth of the first inner step.
+        The minimiser, in float64, to a hundredth of the first inner step (of the last step size).
     """
     origin, gradient = origin.double(), gradient.double()
     size = 1 / (curvature.largest + ridge)
@@ -166,9 +175,9 @@ def model_minimiser(
         away, moved = found - origin, found - lead
         found_bent = curvature.times(away) + ridge * away
         squared = _dot(moved, moved)
-        # Beyond rounding, the step was too long only if `largest` is still below the eigenvalue.
-        if size * _dot(moved, found_bent - lead_bent) > _MARGIN * squared:
-            size /= 2
+        if size * _dot(moved, found_bent - lead_bent) > _TOO_LONG * squared:
+            # `largest` is still below the eigenvalue. Steps half as long are half as far away.
+            size, first = size / 2, first / 4
             continue
         first = first or squared
         if inner and squared <= _INNER_TOLERANCE**2 * first:

@@ -279,7 +279,8 @@ def _quasi_newton(
     # half of it is the first guess at the scale, about which nothing else is known.
     squared = _dot(first.gradient, first.gradient)
     scale = max(2 * squared / (abs(first.loss) or 1.0), 1e-6)
-    curvature = Curvature(scale, len(first.terms), start.numel())
+    with start.device:
+        curvature = Curvature(scale, len(first.terms), start.numel())
     recent = deque([first.objective], maxlen=_LOOK_BACK)
     damping, longest = 0.0, math.inf
     evaluations = 1
