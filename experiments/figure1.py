@@ -35,6 +35,8 @@ def print_means(rows: list[dict[str, Any]]) -> None:
 
 def compare_with_the_plain_loop(rows: list[dict[str, Any]]) -> None:
     """What the fits of one task would take, a problem-step at a time, by the benchmark's rows."""
+    from measuring import hardware
+
     path = FIGURES / "benchmark_fit.jsonl"
     if not path.exists():
         return
@@ -42,7 +44,10 @@ def compare_with_the_plain_loop(rows: list[dict[str, Any]]) -> None:
         row["method"]: row["seconds_per_problem_step"]
         for row in read_rows(path)
         if row["prompts"] == "zero-shot" and row["backend"] == "hooked"
+        if row["hardware"] == hardware("cpu") and row["dtype"] == "float32"
     }
+    if not seconds:  # the benchmark did not run on this CPU
+        return
     one = [row for row in rows if row["task"] == rows[0]["task"]]
     steps = sum(row["n_evaluations"] for row in one)
     plain, ours = (steps * seconds[name] / 3600 for name in ("plain-hooked", "engine-16"))

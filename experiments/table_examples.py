@@ -19,7 +19,9 @@ from tables import (
     Row,
     answer_row,
     by_method,
+    computed_elsewhere,
     described,
+    difference,
     distilling,
     finetuning,
     layers_of,
@@ -28,7 +30,7 @@ from tables import (
     resume,
     search,
     seeds_of,
-    source,
+    unit,
 )
 
 from tl_laai.rows import read_rows
@@ -37,6 +39,7 @@ SEEDS = (0, 1, 2, 3, 4)
 SIZES = (5, 10, 20, 50)
 N_TEST = 100
 TASKS = ("country-capital", "english-french", "singular-plural", "antonym")
+OURS = ("fitted", "distilled")
 NAME = "table_examples"
 
 
@@ -71,35 +74,62 @@ GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
 }
 
 
-def compute(groups: list[str], names: list[str], seeds: list[int], sizes: list[int]) -> None:
+def compute(
+    groups: list[str], names: list[str], seeds: list[int], sizes: list[int], device: str
+) -> None:
     from tl_laai import load_model
     from tl_laai.recipes import draw
 
-    model = load_model(MODEL, device="cpu")
+    model = load_model(MODEL, device=device)
     jobs = []
     for seed in seeds:
         for task in tasks(names):
             for n_train in sizes:
                 data = draw(task, train=n_train, test=N_TEST, seed=seed)
                 for group in groups:
-                    shared = {"model": MODEL, "task": task.name, "seed": seed, "group": group}
-                    shared |= {"n_train": n_train, **source(task)}
+                    shared = unit(task, seed, group, device) | {"n_train": n_train}
                     jobs.append((shared, partial(GROUPS[group], model, data, seed)))
     resume(NAME, ("model", "task", "seed", "group", "n_train", "digest"), jobs)
 
 
 def show(rows: list[Row]) -> None:
+    sizes = sorted({row["n_train"] for row in rows})
     tables = []
     for task in dict.fromkeys(row["task"] for row in rows):
         found = by_method([row for row in rows if row["task"] == task], "n_train")
-        sizes = sorted({row["n_train"] for row in rows})
         lines = [
             [method, *(percent(own[str(n)]) if str(n) in own else "-" for n in sizes)]
             for method, own in found.items()
         ]
         tables.append(markdown([f"{task}, %", *(f"{n} examples" for n in sizes)], lines))
+    tables.append(_differences(rows, sizes))
     print("\n\n".join(tables))
-    print(seeds_of(rows))
+    print(
+        seeds_of(rows)
+        + " Differences are over the tasks and seeds that both methods have."
+        + computed_elsewhere(rows)
+    )
+
+
+def _differences(rows: list[Row], sizes: list[int]) -> str:
+    """Ours less every other method's, in points over all tasks, drawn by task."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    own = {
+        (method, n): {
+            (row["task"], row["seed"]): row
+            for row in rows
+            if row["method"] == method and row["n_train"] == n
+        }
+        for method in methods
+        for n in sizes
+    }
+    lines = [
+        [f"{ours} - {other}", *(difference(own[ours, n], own[other, n], by="task") for n in sizes)]
+        for ours in OURS
+        for other in methods
+        if other not in OURS
+    ]
+    return markdown(["difference in points", *(f"{n} examples" for n in sizes)], lines)
 
 
 def main() -> None:
@@ -108,9 +138,12 @@ def main() -> None:
     options.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK")
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="rows say which")
     arguments = options.parse_args()
     if not arguments.from_rows:
-        compute(arguments.groups, arguments.tasks, arguments.seeds, arguments.sizes)
+        compute(
+            arguments.groups, arguments.tasks, arguments.seeds, arguments.sizes, arguments.device
+        )
     show(read_rows(FIGURES / f"{NAME}.jsonl"))
 
 

@@ -33,7 +33,7 @@ from tables import (
     layers_of,
     resume,
     search,
-    source,
+    unit,
 )
 
 from tl_laai.rows import read_rows
@@ -219,18 +219,17 @@ GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
 }
 
 
-def compute(groups: list[str], names: list[str], seeds: list[int]) -> None:
+def compute(groups: list[str], names: list[str], seeds: list[int], device: str) -> None:
     from tl_laai import load_model
     from tl_laai.recipes import draw
 
-    model = load_model(MODEL, device="cpu")
+    model = load_model(MODEL, device=device)
     jobs = []
     for seed in seeds:
         for task in tasks(names):
             for group in groups:
                 data = draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
-                shared = {"model": MODEL, "task": task.name, "seed": seed, "group": group}
-                shared |= {"n_train": N_TRAIN, **source(task)}
+                shared = unit(task, seed, group, device) | {"n_train": N_TRAIN}
                 jobs.append((shared, partial(GROUPS[group], model, data, seed)))
     resume(NAME, ("model", "task", "seed", "group", "digest"), jobs)
 
@@ -240,9 +239,10 @@ def main() -> None:
     options.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     options.add_argument("--tasks", nargs="+", default=list(RULES), metavar="TASK")
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="rows say which")
     arguments = options.parse_args()
     if not arguments.from_rows:
-        compute(arguments.groups, arguments.tasks, arguments.seeds)
+        compute(arguments.groups, arguments.tasks, arguments.seeds, arguments.device)
     rows = read_rows(FIGURES / f"{NAME}.jsonl")
     show([row for row in rows if row["seed"] in arguments.seeds])
 

@@ -166,5 +166,23 @@ def seeds_of(rows: Sequence[Row]) -> str:
     return f"\n{which}; in brackets 95 % bootstrap intervals over fits, then their examples."
 
 
+def unit(task: Any, seed: int, group: str, device: str) -> Row:
+    """What the rows of one group of methods share, on one task and seed; where, if not on a CPU."""
+    from measuring import hardware
+
+    shared = {"model": MODEL, "task": task.name, "seed": seed, "group": group, **source(task)}
+    return shared if device == "cpu" else shared | {"hardware": hardware(device)}
+
+
+def computed_elsewhere(rows: Sequence[Row]) -> str:
+    """How many rows were not computed on a CPU, and of which tasks."""
+    lines = []
+    for place in sorted({row["hardware"] for row in rows if "hardware" in row}):
+        own = [row for row in rows if row.get("hardware") == place]
+        names = ", ".join(dict.fromkeys(row["task"] for row in own))
+        lines.append(f"\nComputed on one {place}: {len(own)} of {len(rows)} rows, of {names}.")
+    return "".join(lines)
+
+
 def source(task: Any) -> Row:
     return {"source": Path(task.source).name, "digest": task.digest}
