@@ -26,13 +26,18 @@ needs_hooked = pytest.mark.skipif(
     not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer"
 )
 
+_MKL_IS_STRICT = (
+    products.INTEL
+    and torch.backends.mkl.is_available()
+    and os.environ["MKL_CBWR"].endswith("STRICT")
+)
 exact_products = pytest.mark.skipif(
-    not (
-        products.INTEL
-        and torch.backends.mkl.is_available()
-        and os.environ["MKL_CBWR"].endswith("STRICT")
-    ),
+    not _MKL_IS_STRICT,
     reason="MKL_CBWR is set, or is not obeyed: torch does without MKL, or no CPU of Intel's",
+)
+exact_in_float32 = pytest.mark.skipif(
+    not (_MKL_IS_STRICT or products.USE_ONEDNN),
+    reason="neither MKL, told to by MKL_CBWR, nor oneDNN rounds a row alike in any batch here",
 )
 
 POSITIONS = ("prompt_end", "every_step")

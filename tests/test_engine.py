@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import POSITIONS, every_position, exact_products
+from conftest import POSITIONS, every_position, exact_in_float32, exact_products
 from tiny import tiny_model
 from torch import Tensor
 
@@ -353,7 +353,7 @@ def test_terms_of_many_rows_round_alike_in_any_chunk(windowed: Any, tokens_a_chu
     assert torch.equal(gradient[0], gradients[1])
 
 
-@exact_products
+@exact_in_float32
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_a_batch_equals_its_problems_one_by_one_on_gemma_bit_for_bit(
     gemma: Any, n_threads: int

@@ -3,7 +3,8 @@
 What a row's attention rounds to must not depend on the rows beside it in a batch (see
 `tl_laai.__init__`), so what they share, the room for keys and steps, has sizes within which torch
 takes the same path: its softmax adds up in vectors of 16, and its batched matrix products have
-other kernels for vectors and for tiny matrices.
+other kernels for vectors and for tiny matrices; on other CPUs than Intel's also for what is left
+over of blocks of four, and for more than eleven rows or columns, which is left so.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ def room_for_keys(longest: int) -> int:
     return -(-max(1, longest) // _VECTOR) * _VECTOR
 
 
-def least_steps(heads_a_key: int, d_head: int) -> int:
-    """Places for the suffix tokens of a row, at least: no matrix of scores is a vector, or tiny."""
-    steps = 2
-    while heads_a_key * d_head * steps**2 < _TINY:
+def room_for_steps(longest: int, heads_a_key: int, d_head: int, block: int = 1) -> int:
+    """Places for the suffix tokens of a row, of which the longest has so many.
+
+    Whole blocks of them, and no matrix of scores is a vector, or tiny.
+    """
+    steps = max(2, longest)
+    while steps % block or heads_a_key * d_head * steps**2 < _TINY:
         steps += 1
     return steps
 
@@ -66,10 +70,13 @@ def attend(
     grouped = q.view(u, r, s, kv, g, d)
     to_prefix = grouped.permute(0, 3, 1, 2, 4, 5).reshape(u, kv, r * s * g, d)
     to_suffix = grouped.permute(0, 1, 3, 2, 4, 5).reshape(u, r, kv, s * g, d)
+    # Whole in memory, or torch would copy them for several rows and not for one, and multiply
+    # what is transposed in one case and not in the other.
+    own_keys, own_values = (x.transpose(2, 3).contiguous() for x in (keys, values))
     scores = torch.cat(
         [
             (to_prefix @ prefix_keys.transpose(-1, -2)).view(u, kv, r, s, g, p),
-            (to_suffix @ keys.permute(0, 1, 3, 4, 2)).view(u, r, kv, s, g, t).transpose(1, 2),
+            (to_suffix @ own_keys.transpose(-1, -2)).view(u, r, kv, s, g, t).transpose(1, 2),
         ],
         dim=-1,
     )
@@ -81,7 +88,7 @@ def attend(
     pattern = scores.softmax(dim=-1, dtype=accumulate).to(q.dtype)
     from_prefix = pattern[..., :p].reshape(u, kv, r * s * g, p) @ prefix_values
     own = pattern[..., p:].transpose(1, 2).reshape(u, r, kv, s * g, t)
-    from_suffix = own @ values.transpose(2, 3)
+    from_suffix = own @ own_values
     z = from_prefix.view(u, kv, r, s, g, d).permute(0, 2, 3, 1, 4, 5)
     z = z + from_suffix.view(u, r, kv, s, g, d).transpose(2, 3)
     return z.reshape(u * r * s, kv * g, d)

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_laai.attention import attend, least_steps, visible
+from tl_laai.attention import attend, room_for_steps, visible
 from tl_laai.backends import Backend, own_modes, rank_within
-from tl_laai.products import frozen_products
+from tl_laai.products import USE_ONEDNN, frozen_products
 from tl_laai.prompts import TokenisedExample
 
 _NEVER = 1 << 30
@@ -122,8 +122,9 @@ class Packing:
         rank = rank_within(prefix)
         line = (torch.cumsum(lines, 0) - lines)[prefix] + rank // width
         backend = prompts.backend
-        least = least_steps(backend.n_heads // backend.n_kv_heads, backend.d_head)
-        steps = max(int(lengths.max()), least)
+        heads_a_key = backend.n_heads // backend.n_kv_heads
+        block = 4 if USE_ONEDNN else 1
+        steps = room_for_steps(int(lengths.max()), heads_a_key, backend.d_head, block)
         self.grid = (len(self.used), width, steps)
         self.row_slot = line * width + rank % width
         self.slot = self.row_slot[self.row] * self.grid[2] + self.step

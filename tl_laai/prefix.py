@@ -19,6 +19,7 @@ from torch import Tensor
 from tl_laai.attention import room_for_keys
 from tl_laai.backends import Backend, backend_of, own_modes
 from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
+from tl_laai.products import USE_ONEDNN
 from tl_laai.prompts import TokenisedExample
 
 _PREFILL_TOKENS = 2048
@@ -140,7 +141,12 @@ def _prefill(
     for length, members in by_length.items():
         step = max(1, _PREFILL_TOKENS // max(1, length))
         for start in range(0, len(members) if length else 0, step):
-            rows = torch.tensor(members[start : start + step], device=backend.device)
+            part = members[start : start + step]
+            if len(part) == 1 and USE_ONEDNN:
+                # Alone it would take another way through the model's own attention, where heads
+                # share keys, and be rounded otherwise than beside others.
+                part = part * 2
+            rows = torch.tensor(part, device=backend.device)
             tokens = torch.tensor([prefixes[i] for i in rows.tolist()], device=backend.device)
             positions = torch.arange(length, device=backend.device).repeat(len(rows))
 
