@@ -23,6 +23,7 @@ from tl_laai.products import USE_ONEDNN
 from tl_laai.prompts import TokenisedExample
 
 _PREFILL_TOKENS = 2048
+_SHORT = 16  # tokens of a prefix; from 12 on no other rounding was seen
 
 
 @own_modes()
@@ -142,9 +143,9 @@ def _prefill(
         step = max(1, _PREFILL_TOKENS // max(1, length))
         for start in range(0, len(members) if length else 0, step):
             part = members[start : start + step]
-            if len(part) == 1 and USE_ONEDNN:
+            if len(part) == 1 and length <= _SHORT and USE_ONEDNN:
                 # Alone it would take another way through the model's own attention, where heads
-                # share keys, and be rounded otherwise than beside others.
+                # share keys, and be rounded otherwise than beside others; longer ones are not.
                 part = part * 2
             rows = torch.tensor(part, device=backend.device)
             tokens = torch.tensor([prefixes[i] for i in rows.tolist()], device=backend.device)
