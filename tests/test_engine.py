@@ -358,17 +358,17 @@ def test_terms_of_many_rows_round_alike_in_any_chunk(windowed: Any, tokens_a_chu
 def test_a_batch_equals_its_problems_one_by_one_on_gemma_bit_for_bit(
     gemma: Any, n_threads: int
 ) -> None:
-    names = ("country-capital", "english-french", "antonym")
+    names = ("country-capital", "english-french")
     sets = [Task.load(name).split(train=k, seed=0).train for name in names for k in (1, 10)]
-    layers = [9, 3, 17, 12, 0, 9]
-    deltas = torch.stack([oracle.random_delta(gemma, seed=s, scale=0.3) for s in range(6)]).float()
+    layers = [9, 3, 0, 12]
+    deltas = torch.stack([oracle.random_delta(gemma, seed=s, scale=0.3) for s in range(4)]).float()
     torch.set_num_threads(n_threads)
     try:
         whole = engine_for(gemma, sets, layers=layers)
         cut = engine_for(gemma, sets, layers=layers, max_memory=0.03)
-        assert len(cut.plans(range(6))) > len(whole.plans(range(6)))
-        got = [engine.value_and_grad(deltas, torch.arange(6)) for engine in (whole, cut)]
-        for i in range(6):
+        assert len(cut.plans(range(4))) > len(whole.plans(range(4)))
+        got = [engine.value_and_grad(deltas, torch.arange(4)) for engine in (whole, cut)]
+        for i in range(4):
             alone = engine_for(gemma, [sets[i]], layers=[layers[i]])
             loss, gradient = alone.value_and_grad(deltas[i : i + 1], torch.tensor([0]))
             for losses, gradients in got:
