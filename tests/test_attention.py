@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_laai.attention import attend, room_for_keys, room_for_steps, visible
+from tl_laai.packing import STEP_BLOCK
 from tl_laai.products import USE_ONEDNN
 
 
@@ -90,7 +91,7 @@ def test_a_row_rounds_alike_beside_others_with_longer_prefixes_and_suffixes(
     dtype: torch.dtype,
 ) -> None:
     kv, g = heads
-    room = functools.partial(room_for_steps, heads_a_key=g, d_head=d, block=4 if USE_ONEDNN else 1)
+    room = functools.partial(room_for_steps, heads_a_key=g, d_head=d, block=STEP_BLOCK)
     most = room(n_suffix + longer[1])
     draw = functools.partial(torch.randn, dtype=dtype)
     q, upstream = draw(*beside, most, kv * g, d), draw(*beside, most, kv * g, d)

@@ -25,6 +25,9 @@ from tl_laai.prompts import TokenisedExample
 
 _NEVER = 1 << 30
 
+STEP_BLOCK = 4 if USE_ONEDNN else 1
+"""Suffixes are padded to multiples of it: what is left over of a block is rounded otherwise."""
+
 
 @dataclass(frozen=True)
 class FrozenPrompts:
@@ -123,8 +126,7 @@ class Packing:
         line = (torch.cumsum(lines, 0) - lines)[prefix] + rank // width
         backend = prompts.backend
         heads_a_key = backend.n_heads // backend.n_kv_heads
-        block = 4 if USE_ONEDNN else 1
-        steps = room_for_steps(int(lengths.max()), heads_a_key, backend.d_head, block)
+        steps = room_for_steps(int(lengths.max()), heads_a_key, backend.d_head, STEP_BLOCK)
         self.grid = (len(self.used), width, steps)
         self.row_slot = line * width + rank % width
         self.slot = self.row_slot[self.row] * self.grid[2] + self.step
