@@ -441,7 +441,9 @@ def test_the_demo_fits_compares_shows_and_saves(
         ({"alpha": 0.5, "group": 1}, "--alpha is a share of lambda_max"),
         ({"l1-ratio": 0.5, "group": 1}, "--l1-ratio 0.5 sets the L1 penalty beside --alpha"),
         ({"template": "no place"}, "text must contain {input}"),
-        ({"tolerance": -1}, "tolerance"),
+        ({"tolerance": -1}, "--tolerance is -1.0; give a finite number above 0"),
+        # Of the two faults the option is told: it is checked before a model is looked for.
+        ({"learning-rate": "inf", "model": "no-such-model"}, "--learning-rate is inf"),
         ({"template": "x" * 200 + "{input}"}, "more than the model's context of 128"),
     ],
 )

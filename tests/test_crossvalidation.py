@@ -73,7 +73,7 @@ def test_scores_are_those_of_fits_made_fold_by_fold(
     model: Any, relax_steps: tuple[int, ...]
 ) -> None:
     grid = [Trial(1, 0.8), Trial(3, 0.5)]
-    rows = search_on(model).score("final", grid, 2, relax_steps)
+    rows = search_on(model).score("final", grid, FOLDS[:2], relax_steps)
     assert [(row.relax_steps, row.layer, row.alpha) for row in rows] == [
         (steps, trial.layer, trial.alpha) for steps in relax_steps or (0,) for trial in grid
     ]
@@ -96,7 +96,7 @@ def test_opinions_are_scored_by_the_averaged_answers_to_each_question(model: Any
     prompts = option_examples(QUESTIONS, n_orders=3, template=TEMPLATE)
     folds = [range(3), range(3, 9)]
     search = replace(search_on(model), examples=prompts, folds=folds)
-    rows = search.score("final", [Trial(1, 0.0), Trial(3, 0.5)], 2, (5,))
+    rows = search.score("final", [Trial(1, 0.0), Trial(3, 0.5)], folds, (5,))
     for row in rows:
         slow = []
         for held_out in folds:
@@ -118,7 +118,7 @@ def test_opinions_are_scored_by_the_averaged_answers_to_each_question(model: Any
 
 def test_answers_are_those_of_each_folds_own_fit_to_what_it_was_not_fitted_on(model: Any) -> None:
     search = search_on(model)
-    [row] = search.score("final", [Trial(3, 0.5)], 3, (5,))
+    [row] = search.score("final", [Trial(3, 0.5)], FOLDS, (5,))
     found = search.answers(row)
     slow: list[AnswerRow] = []
     for held_out in FOLDS:
@@ -134,7 +134,7 @@ def test_answers_are_those_of_each_folds_own_fit_to_what_it_was_not_fitted_on(mo
 
 def test_a_folds_teacher_reads_that_folds_training_part_alone(model: Any) -> None:
     grid = [Trial(1, 0.0, "distill", 0.2)]
-    [row] = search_on(model).score("distilled", grid, 2, (3,))
+    [row] = search_on(model).score("distilled", grid, FOLDS[:2], (3,))
     assert (row.objective, row.label_share) == ("distill", 0.2)
     inputs = ("m", "no", "pq")
     endless = PromptTemplate(answer_end="")
@@ -198,7 +198,7 @@ def test_the_work_told_is_the_cost_foretold(model: Any) -> None:
     assert search.cost(grid, 2, (3, 5)) == 2 * (EVALUATIONS + 2 * 6)
     assert search.cost(grid, 9, (), 4) == 3 * 2 * 4
     search.work = search.cost(grid, 2, (3, 5))
-    search.score("final", grid, 2, (3, 5))
+    search.score("final", grid, FOLDS[:2], (3, 5))
     assert {name for name, _, _ in told} == {"final"}
     done = [state[1] for state in told]
     assert done == sorted(done)
@@ -208,6 +208,6 @@ def test_the_work_told_is_the_cost_foretold(model: Any) -> None:
 def test_fits_that_diverge_have_no_score(model: Any) -> None:
     search = search_on(model)
     search.learning_rate = 1e300
-    rows = search.score("final", [Trial(1, 0.0)], 2, (2, 3))
+    rows = search.score("final", [Trial(1, 0.0)], FOLDS[:2], (2, 3))
     assert [row.relax_steps for row in rows] == [2, 3]
     assert all(row.score() == -math.inf for row in rows)

@@ -169,6 +169,26 @@ def test_progress_never_goes_back_and_ends_at_the_whole(
     assert at_last["screening"] <= screening < at_last["final"] <= screening + final
 
 
+def test_layers_are_screened_on_two_halves_whatever_the_number_of_folds(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    score = CrossValidation.score
+
+    def spy(self: Any, name: str, grid: Any, folds: Any, *rest: Any) -> Any:
+        seen[name] = [sorted(part) for part in folds]
+        return score(self, name, grid, folds, *rest)
+
+    monkeypatch.setattr(CrossValidation, "score", spy)
+    fit_auto(model, EXAMPLES, alphas=[0.0], relax_steps=(1,), n_folds=3)
+    everyone = list(range(len(EXAMPLES)))
+    assert sorted(itertools.chain(*seen["screening"])) == everyone
+    assert sorted(itertools.chain(*seen["final"])) == everyone
+    assert (len(seen["screening"]), len(seen["final"])) == (2, 3)
+    first, second = map(len, seen["screening"])
+    assert abs(first - second) <= 1
+
+
 def test_one_layer_is_not_screened(model: Any) -> None:
     told: list[str] = []
     chosen = fit_auto(

@@ -96,21 +96,21 @@ class CrossValidation:
         self,
         name: str,
         grid: Sequence[Trial],
-        n_folds: int,
+        folds: Sequence[Sequence[int]],
         relax_steps: Sequence[int],
         max_evaluations: int | None = None,
     ) -> list[Candidate]:
-        """Rows of a grid on the first folds, all fits as one batch.
+        """Rows of a grid on some folds, all fits as one batch.
 
         Args:
             name: of the round.
             grid: what is tried.
-            n_folds: on how many folds.
+            folds: indices of the examples that are held out together.
             relax_steps: numbers of steps of relaxed fits, one candidate each; none for the
                 penalised fits themselves.
             max_evaluations: of a penalised fit; None for that of all rounds.
         """
-        folds, before = self.folds[:n_folds], self._done
+        before = self._done
         limit = self.max_evaluations if max_evaluations is None else max_evaluations
         known = [[e for i, e in enumerate(self.examples) if i not in out] for out in folds]
         asked = [[self.examples[i] for i in out] for out in folds]
@@ -125,7 +125,7 @@ class CrossValidation:
                     problem = taught_problem(problem, lessons[k, trial.label_share])
                 problems.append(problem)
         found = self._fit(name, problems, relax_steps, limit)
-        self._done = before + self.cost(grid, n_folds, relax_steps, limit)
+        self._done = before + self.cost(grid, len(folds), relax_steps, limit)
         candidates = []
         for steps, deltas in found.items():
             own = deltas.unflatten(0, (len(grid), len(folds)))

@@ -120,8 +120,11 @@ def fit(
 
     from tl_laai.fitting import fit as fit_one
     from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
+    from tl_laai.solvers import check_positive
 
     check_out(out)
+    check_positive("--tolerance", tolerance)
+    check_positive("--learning-rate", learning_rate)
     if preset is not None:
         if (objective, position, l1_ratio, relax) != ("answers", "prompt_end", 0.0, None):
             raise ValueError(

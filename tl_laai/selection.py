@@ -112,7 +112,7 @@ def fit_auto(
     objectives: Sequence[ObjectiveName] = ("answers",),
     distillation: Distillation | None = None,
     groups: Sequence[Hashable] | None = None,
-    n_folds: SupportsIndex = 5,
+    n_folds: SupportsIndex = 4,
     seed: SupportsIndex = 0,
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
@@ -151,7 +151,8 @@ def fit_auto(
             layers that labels rank first where there are more than three.
         groups: a label an example: those with the same label are held out together. None holds
             out prompts that ask the same opinion question together, and examples of one input.
-        n_folds: folds of the final round, at most the number of examples (or of labels).
+        n_folds: folds of the final round, at most the number of examples (or of labels); layers
+            are screened on two halves.
         seed: of the assignment to folds.
         position: where Delta is added.
         template: how inputs become prompts.
@@ -203,13 +204,14 @@ def fit_auto(
     table: list[Candidate] = []
     ranked: Sequence[int] = candidates
     if grid := tried.screening():
-        table += search.score(
-            "screening", grid, SCREENING_FOLDS, tried.brief, min(limit, SCREENING_EVALUATIONS)
-        )
+        # Few folds that together hold out every example: the fewer fitted on, the faster.
+        parts = cross_validation_folds(labels, SCREENING_FOLDS, seed)
+        fewer = min(limit, SCREENING_EVALUATIONS)
+        table += search.score("screening", grid, parts, tried.brief, fewer)
         ranked = tried.apart([row.layer for row in best_first(table)])
     best: Candidate | None = None
     if grid := tried.labelled(ranked):
-        rows = search.score("final", grid, len(folds), tried.steps)
+        rows = search.score("final", grid, folds, tried.steps)
         table += rows
         rows = best_first(rows)
         ranked, best = list(dict.fromkeys(row.layer for row in rows)), rows[0]
@@ -303,7 +305,7 @@ def _sparse(
     kept = [search.within("heads", tried.sparse(best), max_heads)]
     if best.objective == "distill":
         return search.score_by_teacher("heads", kept, tried.taught_steps)
-    return search.score("heads", kept, len(search.folds), tried.steps)
+    return search.score("heads", kept, search.folds, tried.steps)
 
 
 def _distilled(
@@ -323,7 +325,7 @@ def _distilled(
         return rows
     steps = (best.relax_steps,) if tried.taught_steps else ()
     try:
-        return rows + search.score("mixed", shares, MIXED_FOLDS, steps)
+        return rows + search.score("mixed", shares, search.folds[:MIXED_FOLDS], steps)
     except (NothingTaughtError, TooLongError) as error:
         _LOG.warning("label_share stays %g: %s", best.label_share, error)
         return rows

@@ -153,8 +153,8 @@ def proximal_gradient(
         TypeError, ValueError: An argument is of a wrong type, shape or range, or `value_and_grad`
             returns wrong shapes.
     """
-    _check_positive("tolerance", tolerance)
-    _check_positive("max_evaluations", max_evaluations)
+    check_positive("tolerance", tolerance)
+    check_positive("max_evaluations", max_evaluations)
 
     def method(start: Tensor, own: SparseGroupLasso) -> _Method:
         return _quasi_newton(start, own, tolerance, max_evaluations)
@@ -196,9 +196,9 @@ def adam(
     Raises:
         TypeError, ValueError: As for `proximal_gradient`.
     """
-    _check_positive("learning_rate", learning_rate)
-    _check_positive("steps", steps)
-    _check_positive("tolerance", tolerance)
+    check_positive("learning_rate", learning_rate)
+    check_positive("steps", steps)
+    check_positive("tolerance", tolerance)
 
     def method(start: Tensor, own: SparseGroupLasso) -> _Method:
         return _adam(start, own, learning_rate, steps, tolerance)
@@ -352,7 +352,8 @@ def _norm(values: Tensor) -> float:
     return math.sqrt(_dot(values, values))
 
 
-def _check_positive(name: str, value: float | int) -> None:
+def check_positive(name: str, value: float | int) -> None:
+    """Refuse what is no finite number above zero, in the words of `name`."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value}; give a finite number above 0.")
 
