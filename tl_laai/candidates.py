@@ -37,7 +37,7 @@ class Candidate:
     Attributes:
         layer: the edited layer.
         alpha: the group weight as a share of each fit's own `lambda_max`.
-        round: `screening` (brief fits, few folds), `final`, `distilled` (scored by the teacher's
+        round: `screening` (brief fits, two folds), `final`, `distilled` (scored by the teacher's
             answers), `mixed` (shares of labels), or `heads` (a few of what was chosen).
         validation_loss: held-out cross-entropy in nats, mean over folds; KL for opinions, and
             where a teacher's answers are held out.

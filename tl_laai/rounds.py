@@ -1,6 +1,6 @@
 """What the rounds of a choice try, by default and as asked for.
 
-Every layer is tried briefly on few folds; the best few that are not neighbours go on to every
+Every layer is tried briefly on two halves; the best few that are not neighbours go on to every
 penalty and number of steps; of distilled fits, layer and steps first, then the share of labels.
 Where heads are counted, all of that is chosen without counting (on all heads, if fits are relaxed),
 then which heads of that layer are kept.
