@@ -34,6 +34,7 @@ OURS = (
     "relaxed, half",
     "unregularised",
     "distilled",
+    "distilled, every step",
     "distilled, half",
 )
 FIRST = ("zero-shot", "few-shot", *OURS, "penalised")
@@ -74,7 +75,7 @@ def show(rows: list[Row]) -> None:
         whole = _of_all_tasks(own, names)
         heads = [row["n_heads"] for row in whole if "n_heads" in row]
         moved = [row["kl_unrelated"] for row in whole if "kl_unrelated" in row]
-        n_seeds = str(len({row["seed"] for row in whole}))
+        n_seeds = str(len({row["seed"] for row in whole}) or "-")
         mean = percent(whole, by="task") if whole else "-"
         lines.append([method, n_seeds, *cells, mean, average(heads), average(moved)])
     header = ["exact match, %", "seeds", *names, "mean", "heads", "KL elsewhere"]
@@ -104,7 +105,9 @@ def show(rows: list[Row]) -> None:
         ("learnt-heads", "setting"),
     ):
         # Of a setting, what stands before the first comma: the objective, or how many heads.
-        values = (row[column] for own in found.get(method, {}).values() for row in own)
+        values = [row[column] for own in found.get(method, {}).values() for row in own]
+        if not values:
+            continue
         print(f"{method}: {dict(Counter(str(value).split(',')[0] for value in values))}")
     for method in ("lora", "ia3"):
         # Learning rates and steps apart: either may be at the edge of what was offered.

@@ -138,6 +138,16 @@ def distilled(model: Any, data: Any, seed: int) -> list[Row]:
     return [_fitted_row("distilled", model, data, chosen, **more)]
 
 
+def distilled_every_step(model: Any, data: Any, seed: int) -> list[Row]:
+    """The same with Delta added at every token that answers, not at the first alone."""
+    from tl_laai import fit_auto
+
+    options = distilling(seed) | {"position": "every_step"}
+    chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
+    row = _fitted_row("distilled, every step", model, data, chosen)
+    return [row | {"n_test_made_up": _made_up(chosen.fit.intervention.provenance, data.test)}]
+
+
 def _fitted_row(method: str, model: Any, data: Any, chosen: Any, **more: Any) -> Row:
     from tl_laai.evaluation import as_edit, evaluate_edits
     from tl_laai.side_effects import next_token_kl
@@ -212,6 +222,7 @@ GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "fits": fits,
     "half": half,
     "distilled": distilled,
+    "distilled every step": distilled_every_step,
     "distilled half": distilled_half,
     "vectors": vectors,
     "begun": begun,
