@@ -101,16 +101,15 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
 
 def half(model: Any, data: Any, seed: int) -> list[Row]:
     """Relaxed fits on at most half of the heads of the layer that does best on all."""
-    return [_half("relaxed, half", model, data, **search(seed))[0]]
+    return [_half("relaxed, half", model, data, **search(seed))]
 
 
 def distilled_half(model: Any, data: Any, seed: int) -> list[Row]:
     """The same of distilled fits."""
-    row, chosen = _half("distilled, half", model, data, **distilling(seed))
-    return [row | {"n_test_made_up": _made_up(chosen.fit.intervention.provenance, data.test)}]
+    return [_half("distilled, half", model, data, **distilling(seed))]
 
 
-def _half(method: str, model: Any, data: Any, **settings: Any) -> tuple[Row, Any]:
+def _half(method: str, model: Any, data: Any, **settings: Any) -> Row:
     from tl_laai import fit_auto
 
     chosen = fit_auto(
@@ -122,7 +121,7 @@ def _half(method: str, model: Any, data: Any, **settings: Any) -> tuple[Row, Any
         max_evaluations=CHOOSING_EVALUATIONS,
         **settings,
     )
-    return _fitted_row(method, model, data, chosen), chosen
+    return _fitted_row(method, model, data, chosen)
 
 
 def distilled(model: Any, data: Any, seed: int) -> list[Row]:
@@ -131,11 +130,8 @@ def distilled(model: Any, data: Any, seed: int) -> list[Row]:
     from tl_laai.distillation import ask_teacher
 
     chosen = fit_auto(model, data.train, layers=layers_of(model), **distilling(seed))
-    more = {
-        "validation": _validation(ask_teacher(model, data.train)),
-        "n_test_made_up": _made_up(chosen.fit.intervention.provenance, data.test),
-    }
-    return [_fitted_row("distilled", model, data, chosen, **more)]
+    validation = _validation(ask_teacher(model, data.train))
+    return [_fitted_row("distilled", model, data, chosen, validation=validation)]
 
 
 def distilled_every_step(model: Any, data: Any, seed: int) -> list[Row]:
@@ -144,8 +140,7 @@ def distilled_every_step(model: Any, data: Any, seed: int) -> list[Row]:
 
     options = distilling(seed) | {"position": "every_step"}
     chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
-    row = _fitted_row("distilled, every step", model, data, chosen)
-    return [row | {"n_test_made_up": _made_up(chosen.fit.intervention.provenance, data.test)}]
+    return [_fitted_row("distilled, every step", model, data, chosen)]
 
 
 def _fitted_row(method: str, model: Any, data: Any, chosen: Any, **more: Any) -> Row:
@@ -155,6 +150,8 @@ def _fitted_row(method: str, model: Any, data: Any, chosen: Any, **more: Any) ->
     edits = {method: as_edit(model, chosen.fit.intervention)}
     more |= _of_fit(chosen.fit)
     more["kl_unrelated"] = float(next_token_kl(model, edits)[method].mean())
+    if chosen.objective == "distill":
+        more["n_test_made_up"] = _made_up(chosen.fit.intervention.provenance, data.test)
     score = evaluate_edits(model, data.test, edits)[method]
     return answer_row(method, score, described(chosen.candidate), **more)
 

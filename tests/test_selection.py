@@ -411,8 +411,9 @@ def test_labels_are_the_choice_where_the_teacher_has_no_room(
 
 
 def test_examples_of_one_input_are_held_out_together(model: Any) -> None:
-    options: Any = {"layers": [1], "alphas": [0.5], "n_folds": 4, "relax_steps": (2,)}
-    options["max_evaluations"] = 3
+    options: Any = {
+        "layers": [1], "alphas": [0.5], "n_folds": 4, "relax_steps": (2,), "max_evaluations": 3,
+    }  # fmt: skip
     twice = [*EXAMPLES[:4], *EXAMPLES[:4]]
     own = fit_auto(model, twice, **options)
     assert own.table == fit_auto(model, twice, groups=[e.input for e in twice], **options).table
