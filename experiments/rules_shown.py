@@ -28,16 +28,18 @@ SET_ON_TASKS = (
     "singular-plural",
     "present-past",
 )
+TAUGHT = "distilled, fitted teacher"  # as `fit_auto` distils by default
 OURS = (
     "best by validation",
     "relaxed",
     "relaxed, half",
     "unregularised",
+    TAUGHT,
     "distilled",
     "distilled, every step",
     "distilled, half",
 )
-FIRST = ("zero-shot", "few-shot", *OURS, "penalised")
+FIRST = ("zero-shot", "few-shot", "few-shot, fitted", *OURS, "penalised")
 OTHERS = (
     "zero-shot",
     "few-shot",
@@ -55,8 +57,8 @@ def _best_by_validation(rows: Sequence[Row]) -> list[Row]:
     """Of labels and teacher the better on held-out examples, as `fit_auto` chooses: rows again."""
     units: dict[tuple[str, int], dict[bool, Row]] = {}
     for row in rows:
-        if "validation" in row:
-            units.setdefault((row["task"], row["seed"]), {})[row["method"] == "distilled"] = row
+        if "validation" in row and row["method"] != "distilled":
+            units.setdefault((row["task"], row["seed"]), {})[row["method"] == TAUGHT] = row
     best = (
         max(own[False], own[True], key=lambda row: row["validation"])  # labels where level
         for own in units.values()
@@ -93,7 +95,7 @@ def show(rows: list[Row]) -> None:
             print(f"{method}: norms {min(norms):.1f} to {max(norms):.1f}")
     made_up = {
         name: [row["n_test_made_up"] for row in these]
-        for name, these in found.get("distilled", {}).items()
+        for name, these in found.get(TAUGHT, {}).items()
     }
     print(f"held-out inputs that the model made up and was taught on: {made_up}\n")
     for method, column in (

@@ -25,6 +25,7 @@ from tables import (
     CHOOSING_EVALUATIONS,
     MODEL,
     N_FOLDS,
+    TEACHER_STEPS,
     Row,
     answer_row,
     described,
@@ -129,9 +130,31 @@ def distilled(model: Any, data: Any, seed: int) -> list[Row]:
     from tl_laai import fit_auto
     from tl_laai.distillation import ask_teacher
 
-    chosen = fit_auto(model, data.train, layers=layers_of(model), **distilling(seed))
-    validation = _validation(ask_teacher(model, data.train))
+    options = distilling(seed)
+    chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
+    validation = _validation(ask_teacher(model, data.train, settings=options["distillation"]))
     return [_fitted_row("distilled", model, data, chosen, validation=validation)]
+
+
+def fitted_teacher(model: Any, data: Any, seed: int) -> list[Row]:
+    """The same from a teacher that is fitted on the ten itself; what that teacher answers."""
+    from tl_laai import fit_auto
+    from tl_laai.distillation import ask_teacher
+    from tl_laai.evaluation import evaluate_edits
+    from tl_laai.splits import cross_validation_folds
+    from tl_laai.teachers import fit_teachers
+
+    options = distilling(seed, TEACHER_STEPS)
+    chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
+    folds = cross_validation_folds(data.train, N_FOLDS, seed)
+    held_out = ask_teacher(model, data.train, folds=folds, settings=options["distillation"])
+    (edit,) = fit_teachers(model, [data.train], steps=TEACHER_STEPS, seed=seed)
+    itself = evaluate_edits(model, data.test, {"it": edit}, demonstrations=data.train)["it"]
+    name, validation = "distilled, fitted teacher", _validation(held_out)
+    return [
+        _fitted_row(name, model, data, chosen, validation=validation),
+        answer_row("few-shot, fitted", itself),
+    ]
 
 
 def distilled_every_step(model: Any, data: Any, seed: int) -> list[Row]:
@@ -219,6 +242,7 @@ GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "fits": fits,
     "half": half,
     "distilled": distilled,
+    "fitted teacher": fitted_teacher,
     "distilled every step": distilled_every_step,
     "distilled half": distilled_half,
     "vectors": vectors,

@@ -22,7 +22,7 @@ MORE = "\n---\n"
 # A smaller search than fit_auto's default, the same number of folds as the baselines get. Layers,
 # penalty and steps are those that did well on rule tasks with seed 100.
 STEPS, N_FOLDS, ALPHA, CHOOSING_EVALUATIONS = (15, 30, 60), 2, 0.9, 15
-TAUGHT_STEPS, LABEL_SHARE = 45, 0.5
+TAUGHT_STEPS, LABEL_SHARE, TEACHER_STEPS = 45, 0.5, 5
 
 
 def layers_of(model: Any) -> list[int]:
@@ -36,11 +36,11 @@ def search(seed: int) -> dict[str, Any]:
     return {"relax_steps": STEPS, "n_folds": N_FOLDS, "seed": seed}
 
 
-def distilling(seed: int) -> dict[str, Any]:
+def distilling(seed: int, teacher_steps: int = 0) -> dict[str, Any]:
     """The same of distilled fits: their layer alone is chosen, by what the teacher says."""
     from tl_laai.distillation import Distillation
 
-    settings = Distillation(label_share=LABEL_SHARE, seed=seed)
+    settings = Distillation(label_share=LABEL_SHARE, seed=seed, teacher_steps=teacher_steps)
     return search(seed) | {
         "relax_steps": [TAUGHT_STEPS],
         "objectives": ["distill"],

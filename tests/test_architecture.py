@@ -68,6 +68,7 @@ LEVELS = {
     "made_up_inputs": 7,
     "problems": 7,
     "side_effects": 7,
+    "teachers": 7,
     "attribution": 8,
     "batches": 8,
     "distillation": 8,

@@ -225,12 +225,14 @@ def test_fit_passes_every_option_on(
 def test_fit_distils_on_inputs_from_a_file(inside: Path, tmp_path: Path) -> None:
     (tmp_path / "inputs.txt").write_text("q\r\n\n r \n", encoding="utf-8-sig")
     options = {"objective": "distill", "inputs": tmp_path / "inputs.txt", "label-share": 0.25}
+    options["teacher-steps"] = 2
     out = tmp_path / "distilled"
     changes = {"alpha": 0.5, "max-evaluations": 3, "out": out}
     done(*fit_arguments(inside, **(options | changes)))
     origin = Intervention.from_pretrained(out).provenance["objective"]
     assert origin["objective"] == "distill"
     assert (origin["inputs"], origin["label_share"]) == (["q", "r"], 0.25)
+    assert origin["teacher_steps"] == 2
 
 
 def test_evaluate_counts_the_held_out_inputs_that_were_distilled_on(
@@ -249,9 +251,12 @@ def test_evaluate_counts_the_held_out_inputs_that_were_distilled_on(
     assert "distilled on" not in done("evaluate", "upper", "--no-few-shot").stderr
 
 
-def test_settings_of_distillation_without_it_are_refused(inside: Path, tmp_path: Path) -> None:
-    arguments = fit_arguments(inside, out=tmp_path / "x", alpha=0.5, **{"label-share": 0.5})
-    assert "--label-share is for distilling" in refused(laai(*arguments), 2)
+@pytest.mark.parametrize(("option", "value"), [("label-share", 0.5), ("teacher-steps", 0)])
+def test_settings_of_distillation_without_it_are_refused(
+    inside: Path, tmp_path: Path, option: str, value: float
+) -> None:
+    arguments = fit_arguments(inside, out=tmp_path / "x", alpha=0.5, **{option: value})
+    assert f"--{option} is for distilling" in refused(laai(*arguments), 2)
 
 
 def test_fit_replaces_an_intervention_but_nothing_else(inside: Path, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from tl_laai.problems import engine_for
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
 from tl_laai.splits import cross_validation_folds, seeded_order
 from tl_laai.surveys import evaluate_opinions, question_losses
+from tl_laai.teachers import fit_teachers
 
 FOLDS = cross_validation_folds(EXAMPLES, 3, 5)
 EVALUATIONS, LEARNING_RATE = 6, 0.1
-TAUGHT = Distillation(inputs=("m", "no", "pq", "rs"))
+TAUGHT = Distillation(inputs=("m", "no", "pq", "rs"), teacher_steps=0)
 
 
 @pytest.fixture
@@ -132,18 +133,21 @@ def test_answers_are_those_of_each_folds_own_fit_to_what_it_was_not_fitted_on(mo
     assert found.log_probability == pytest.approx(Evaluation(tuple(slow)).log_probability, rel=1e-6)
 
 
-def test_a_folds_teacher_reads_that_folds_training_part_alone(model: Any) -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_folds_teacher_reads_that_folds_training_part_alone(model: Any, steps: int) -> None:
     grid = [Trial(1, 0.0, "distill", 0.2)]
-    [row] = search_on(model).score("distilled", grid, FOLDS[:2], (3,))
+    search = search_on(model)
+    search.distillation = replace(TAUGHT, teacher_steps=steps)
+    [row] = search.score("distilled", grid, FOLDS[:2], (3,))
     assert (row.objective, row.label_share) == ("distill", 0.2)
     inputs = ("m", "no", "pq")
     endless = PromptTemplate(answer_end="")
     slow = []
     for held_out in FOLDS[:2]:
         part = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
-        lesson = weighed(
-            teach(model, inputs, part), part, Distillation(label_share=0.2), inputs, made_up=False
-        )
+        (edit,) = fit_teachers(model, [part], steps=steps)
+        taught = teach(model, inputs, part, edit=edit)
+        lesson = weighed(taught, part, Distillation(label_share=0.2), inputs, made_up=False)
         problem = taught_problem(FitProblem(part, 1, alpha=0.0), lesson)
         (own,) = fit_many(model, [problem], relax_steps=3)
         slow.append(held_out_scores(model, own.intervention.deltas, held_out, endless))

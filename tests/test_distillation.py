@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tiny import tiny_model
 
 from tl_laai import distillation
-from tl_laai.decoding import longest_answer
+from tl_laai.decoding import Edit, longest_answer
 from tl_laai.distillation import Distillation, ask_teacher, prepare, teach
 from tl_laai.fitting import fit
 from tl_laai.made_up_inputs import NothingTaughtError
@@ -21,6 +21,7 @@ from tl_laai.problems import engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample, decoded_answer, tokenise
 from tl_laai.splits import seeded_order
 from tl_laai.tasks import Example
+from tl_laai.teachers import fit_teachers
 
 TEMPLATE = PromptTemplate(text="{input}>", answer_prefix="", separator=";", answer_end=".")
 SHOWN = (Example("ab", "x"), Example("c", "yz"), Example("de", "w"))
@@ -32,18 +33,29 @@ def model(request: pytest.FixtureRequest) -> Any:
     return oracle.run_once(tiny_model("bridge", request.param))
 
 
-def asked(model: Any, text: str, answer: tuple[int, ...], shown: tuple[Example, ...]) -> Any:
-    """Logits at each answer token after demonstrations, by a plain forward."""
+def asked(
+    model: Any,
+    text: str,
+    answer: tuple[int, ...],
+    shown: tuple[Example, ...],
+    edit: Edit | None = None,
+) -> Any:
+    """Logits at each answer token after demonstrations, by a plain forward with a plain hook."""
     prompt = model.to_tokens(TEMPLATE.render(text, shown), truncate=False)[0].tolist()
-    logits = oracle.logits_under_edits(model, [*prompt, *answer[:-1]], len(prompt))
+    deltas = edit.deltas if edit else {}
+    logits = oracle.logits_under_edits(model, [*prompt, *answer[:-1]], len(prompt), deltas)
     return logits[len(prompt) - 1 :]
 
 
+@pytest.mark.parametrize("is_edited", [False, True])
 @pytest.mark.parametrize("n_teachers", [1, 3])
 def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
-    model: Any, n_teachers: int
+    model: Any, n_teachers: int, is_edited: bool
 ) -> None:
-    taught = teach(model, INPUTS, SHOWN, template=TEMPLATE, n_teachers=n_teachers, seed=5)
+    edit = Edit({0: oracle.random_delta(model, seed=1)} if is_edited else {})
+    taught = teach(
+        model, INPUTS, SHOWN, template=TEMPLATE, n_teachers=n_teachers, seed=5, edit=edit
+    )
     orders = [SHOWN, *(seeded_order(SHOWN, 5 + i) for i in range(n_teachers - 1))]
     assert [e.tokens.input for e in taught] == list(INPUTS)
     delta = oracle.random_delta(model)
@@ -51,7 +63,8 @@ def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
     for example in taught:
         answer = example.tokens.answer
         averages = [
-            asked(model, example.tokens.input, answer, order).softmax(dim=-1) for order in orders
+            asked(model, example.tokens.input, answer, order, edit).softmax(dim=-1)
+            for order in orders
         ]
         average = torch.stack(averages).mean(dim=0)
         prompt = example.tokens.prompt
@@ -65,39 +78,47 @@ def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("groups", [None, ("a", "b", "a")])
+@pytest.mark.parametrize(
+    ("folds", "steps"), [(None, 0), ([[3], [0, 2], [1]], 0), ([[3], [0, 2], [1]], 2)]
+)
 def test_the_teacher_is_asked_each_example_after_the_others(
-    model: Any, groups: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, folds: Any, steps: int
 ) -> None:
-    monkeypatch.setattr(distillation, "_ASKED_AT_ONCE", 2)
+    shown = (*SHOWN, Example("k", "v"))
+    settings = Distillation(teacher_steps=steps, teacher_layer=0, seed=2)
     words = dataclasses.replace(TEMPLATE, answer_end="")
     newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     ends = (model.tokenizer.eos_token_id, newline)
-    longest = longest_answer(tokenise(model, SHOWN, template=words))
-    found = ask_teacher(model, SHOWN, template=TEMPLATE, groups=groups)
-    assert [(row.input, row.target) for row in found.rows] == [(e.input, e.output) for e in SHOWN]
-    for i, (example, row) in enumerate(zip(SHOWN, found.rows, strict=True)):
-        own = groups or range(3)
-        others = tuple(e for e, label in zip(SHOWN, own, strict=True) if label != own[i])
+    longest = longest_answer(tokenise(model, shown, template=words))
+    found = ask_teacher(model, shown, template=TEMPLATE, folds=folds, settings=settings)
+    assert [(row.input, row.target) for row in found.rows] == [(e.input, e.output) for e in shown]
+    for i, (example, row) in enumerate(zip(shown, found.rows, strict=True)):
+        (hidden,) = (fold for fold in folds or [[i]] if i in fold)
+        others = tuple(e for j, e in enumerate(shown) if j not in hidden)
+        (edit,) = fit_teachers(model, [others], steps=steps, layer=0, template=TEMPLATE, seed=2)
         (tokens,) = tokenise(model, [example], template=words, demonstrations=others)
-        logits = asked(model, example.input, tokens.answer, others).log_softmax(dim=-1)
+        logits = asked(model, example.input, tokens.answer, others, edit).log_softmax(dim=-1)
         each = logits[torch.arange(len(tokens.answer)), list(tokens.answer)]
-        assert row.log_probability == pytest.approx(each.sum().item(), rel=1e-9)
+        assert row.log_probability == pytest.approx(each.sum().item(), rel=1e-6)
         prompt = list(tokens.prompt)
-        greedy = oracle.greedy_continuation(model, prompt, longest, ends.__contains__)
+        greedy = oracle.greedy_continuation(model, prompt, longest, ends.__contains__, edit.deltas)
         assert row.prediction == decoded_answer(model.tokenizer.decode(list(greedy)))
     wholes = [math.exp(row.log_probability) for row in found.rows]
-    assert found.probability == pytest.approx(sum(wholes) / 3)
+    assert found.probability == pytest.approx(sum(wholes) / 4)
 
 
-def test_the_teachers_answer_is_its_greedy_one_with_the_end_of_an_answer(model: Any) -> None:
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_the_teachers_answer_is_its_greedy_one_with_the_end_of_an_answer(
+    model: Any, is_edited: bool
+) -> None:
+    edit = Edit({0: 4 * oracle.random_delta(model, seed=1)} if is_edited else {})
     longest = max(len(e.answer) for e in tokenise(model, SHOWN, template=TEMPLATE)) + 4
     newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     ends = (model.tokenizer.eos_token_id, newline)
     end = tuple(model.tokenizer(".", add_special_tokens=False)["input_ids"])
-    for example in teach(model, INPUTS, SHOWN, template=TEMPLATE):
+    for example in teach(model, INPUTS, SHOWN, template=TEMPLATE, edit=edit):
         prompt = model.to_tokens(TEMPLATE.render(example.tokens.input, SHOWN))[0].tolist()
-        greedy = oracle.greedy_continuation(model, prompt, longest, ends.__contains__)
+        greedy = oracle.greedy_continuation(model, prompt, longest, ends.__contains__, edit.deltas)
         answer = example.tokens.answer
         assert answer == (greedy if len(greedy) == longest else (*greedy, *end))
 

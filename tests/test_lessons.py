@@ -8,7 +8,7 @@ import oracle
 import pytest
 from test_selection import EXAMPLES
 
-from tl_laai import lessons
+from tl_laai import distillation
 from tl_laai.distillation import Distillation, teach
 from tl_laai.lessons import Lessons
 from tl_laai.made_up_inputs import NothingTaughtError
@@ -60,7 +60,7 @@ def test_a_question_is_asked_once(model: Any, monkeypatch: pytest.MonkeyPatch) -
         asked.append((tuple(inputs), len(examples)))
         return teach(model, inputs, examples, **options)
 
-    monkeypatch.setattr(lessons, "teach", told)
+    monkeypatch.setattr(distillation, "teach", told)
     own = lessons_on(model)
     for share in (0.0, 0.5):
         assert own.whole(share).provenance["label_share"] == share

@@ -24,6 +24,7 @@ from tl_laai.fitting import fit
 from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.opinions import OptionExample
 from tl_laai.selection import Selection, fit_auto
+from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example
 
 WORDS = ("ab", "cde", "f", "gh", "ij", "klm", "n")
@@ -243,12 +244,13 @@ def test_a_teacher_does_better_by_right_answers_and_then_by_their_probability() 
     assert not selection.does_better(labelled, labelled)
 
 
-@pytest.mark.parametrize("is_better", [False, True])
+@pytest.mark.parametrize(("is_better", "teacher_steps"), [(False, 0), (True, 2)])
 def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels(
-    monkeypatch: pytest.MonkeyPatch, is_better: bool
+    monkeypatch: pytest.MonkeyPatch, is_better: bool, teacher_steps: int
 ) -> None:
     model = oracle.shared_model("bridge", "llama")
-    settings = Distillation(inputs=("m", "no", "pq", "rs", "tu", "vw", "xy", "z"))
+    inputs = ("m", "no", "pq", "rs", "tu", "vw", "xy", "z")
+    settings = Distillation(inputs=inputs, teacher_steps=teacher_steps)
     told: list[str] = []
     monkeypatch.setattr(selection, "does_better", lambda *_: is_better)
     chosen = fit_auto(
@@ -256,7 +258,9 @@ def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels
         distillation=settings, relax_steps=(3, 4), max_evaluations=3,
         progress=lambda name, *_: told.append(name),
     )  # fmt: skip
-    assert chosen.teacher == ask_teacher(model, EXAMPLES)
+    # A teacher that is fitted is asked fold by fold, one that is not after all others.
+    folds = cross_validation_folds(EXAMPLES, 3, 0) if teacher_steps else None
+    assert chosen.teacher == ask_teacher(model, EXAMPLES, folds=folds, settings=settings)
     assert chosen.held_out is not None
     kept = chosen.fit.intervention.provenance["selection"]
     assert kept["teacher"] == chosen.teacher.exact_match

@@ -17,7 +17,7 @@ teachers end answers in their own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -28,7 +28,7 @@ from torch import Tensor
 from tl_laai.batches import Fit, FitBatch, FitProblem
 from tl_laai.candidates import Candidate, Trial, candidates_of
 from tl_laai.decoding import Edit
-from tl_laai.distillation import Distillation
+from tl_laai.distillation import Distillation, ask_teacher
 from tl_laai.engine import Engine
 from tl_laai.evaluation import AnswerRow, Evaluation, answer_scores, evaluate_edits
 from tl_laai.fitting import fit_many, taught_problem
@@ -37,6 +37,7 @@ from tl_laai.lessons import Lessons
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample, engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample
+from tl_laai.splits import cross_validation_folds
 from tl_laai.surveys import question_losses
 from tl_laai.tasks import Example
 
@@ -273,6 +274,22 @@ class CrossValidation:
             edits = {"it": Edit({candidate.layer: own}, self.position)}
             rows += evaluate_edits(self.model, asked, edits, template=self.template)["it"].rows
         return Evaluation(tuple(rows))
+
+    def teacher(self, labels: Sequence[Hashable]) -> Evaluation:
+        """How the teacher answers each example after the others, or, if fitted, after its fold's.
+
+        Args:
+            labels: one an example; those with its own are not shown to it either.
+        """
+        each = cross_validation_folds(labels, len(set(labels)), 0)
+        known = cast("Sequence[Example]", self.examples)
+        return ask_teacher(
+            self.model,
+            known,
+            template=self.template,
+            folds=self.folds if self.distillation.teacher_steps else each,  # one fit a fold
+            settings=self.distillation,
+        )
 
     def _problem(self, trial: Trial, taught: Sequence[TaughtExample] = ()) -> FitProblem:
         """A trial on all examples; distilled from some of what the teacher answered, or all."""

@@ -242,6 +242,25 @@ def last_hidden(
     return out
 
 
+@own_modes()
+def answer_hidden(prompts: FrozenPrompts, edit: Edit) -> list[Float[Tensor, "n_answer d_model"]]:
+    """Normalised last residuals at each example's last prompt token and along its answer.
+
+    They predict the answer's tokens; one tensor an example.
+
+    Args:
+        prompts: frozen prompts with their answers.
+        edit: what is done to the model.
+    """
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for _, example_of, packing, hidden in _edited(prompts, [edit]):
+            counted = prompts.targets[packing.token] >= 0
+            lengths = torch.bincount(packing.row[counted], minlength=len(example_of))
+            found += hidden(counted).split(lengths.tolist())
+    return found
+
+
 def _prompt_ends(prompts: FrozenPrompts, packing: Packing) -> Int[Tensor, " n_rows"]:
     return torch.nonzero(prompts.is_prompt_end[packing.token]).squeeze(-1)
 

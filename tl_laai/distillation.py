@@ -7,16 +7,17 @@ next-token distributions p along that answer. Delta is fitted so that the bare p
 
 No labels are needed beyond those of the solved examples, and the inputs can come from the model
 itself, by letting it continue the few-shot prompt: ten labelled examples are all that it takes.
-Several teachers, each with the examples in another order, can be averaged.
+Several teachers, each with the examples in another order, can be averaged; and a teacher can be
+fitted on the labels itself before it is asked (`Distillation.teacher_steps`, `tl_laai.teachers`).
 
 The objective is ours, not the paper's (context distillation: Askell et al. 2021; Snell, Klein &
-Zhong 2022). It can be no better than few-shot prompting where few-shot prompting fails, which is
-why it can be mixed with the labelled answers (`Distillation.label_share`).
+Zhong 2022). It comes near to the teacher and no nearer to the task, which is why the labelled
+answers may have a share in it too (`Distillation.label_share`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -26,11 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.backends import own_modes
-from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
+from tl_laai.decoding import Edit, answer_hidden, decode, longest_answer
 from tl_laai.distributions import Distributions, mean_distribution
-from tl_laai.evaluation import Evaluation, answer_rows
+from tl_laai.evaluation import AnswerRow, Evaluation, evaluate_edits
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
-from tl_laai.packing import Packing, last_residual, run
 from tl_laai.prefix import freeze
 from tl_laai.prompts import (
     DEFAULT_TEMPLATE,
@@ -43,9 +43,11 @@ from tl_laai.prompts import (
 )
 from tl_laai.splits import check_count, seeded_order
 from tl_laai.tasks import Example
+from tl_laai.teachers import fit_teachers
 
 _TOKENS_AT_ONCE = 512
-_ASKED_AT_ONCE = 16
+_ASKED_AT_ONCE = 64
+_UNEDITED = Edit()
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Distillation:
         label_share: weight of the labelled answers in the loss, 0 to 1; 0 leaves them out.
         n_teachers: orders of the examples over which the teacher is averaged.
         seed: of the orders and of what is made up.
+        teacher_steps: steps of the teacher's own fit on the labels, behind its demonstrations
+            (`teachers.fit_teachers`); 0 leaves the few-shot prompt as it is.
+        teacher_layer: of that fit; None for the one after a third of the model.
     """
 
     inputs: tuple[str, ...] | None = None
@@ -65,12 +70,16 @@ class Distillation:
     label_share: float = 0.0
     n_teachers: int = 1
     seed: int = 0
+    teacher_steps: int = 5
+    teacher_layer: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.inputs, str):
             raise TypeError(f"inputs is {self.inputs!r}; give several, or ({self.inputs!r},)")
-        for name in ("n_inputs", "n_teachers", "seed"):
+        for name in ("n_inputs", "n_teachers", "seed", "teacher_steps"):
             check_count(name, getattr(self, name))
+        if self.teacher_layer is not None:
+            check_count("teacher_layer", self.teacher_layer)
         if not 0 <= self.label_share < 1:
             raise ValueError(
                 f"label_share is {self.label_share}; give 0 or more and less than 1: with labels "
@@ -129,14 +138,7 @@ def prepare(
         inputs = make_up_inputs(
             model, examples, settings.n_inputs, template=template, seed=settings.seed
         )
-    taught = teach(
-        model,
-        inputs,
-        examples,
-        template=template,
-        n_teachers=settings.n_teachers,
-        seed=settings.seed,
-    )
+    (taught,) = teach_all(model, [examples], inputs, settings, template=template)
     return weighed(taught, examples, settings, inputs, made_up=settings.inputs is None)
 
 
@@ -182,6 +184,8 @@ def weighed(
             "objective": "distill",
             "label_share": share,
             "n_teachers": settings.n_teachers,
+            "teacher_steps": settings.teacher_steps,
+            "teacher_layer": settings.teacher_layer,
             "seed": settings.seed,
             "n_taught": len(taught),
             "made_up": made_up,
@@ -199,6 +203,7 @@ def teach(
     template: PromptTemplate = DEFAULT_TEMPLATE,
     n_teachers: int = 1,
     seed: int = 0,
+    edit: Edit = _UNEDITED,
 ) -> tuple[TaughtExample, ...]:
     """Let the model answer after demonstrations, and keep its distributions along the answer.
 
@@ -213,6 +218,7 @@ def teach(
         n_teachers: orders of the demonstrations. The first is the given one, whose greedy answer
             is followed; the others are drawn. Their distributions are averaged.
         seed: of the drawn orders.
+        edit: what is done to the teacher (`teachers.fit_teachers`); nothing by default.
 
     Returns:
         One entry for each input that has an answer: bare prompt, answer, distributions.
@@ -222,7 +228,7 @@ def teach(
     longest = longest_answer(tokenise(model, demonstrations, template=template))
     asked = [_asked(model, inputs, order, template) for order in orders]
     first = freeze(model, asked[0], share_prefix=True)
-    (answers,) = decode(first, [Edit()], max_new_tokens=longest)
+    (answers,) = decode(first, [edit], max_new_tokens=longest)
     read = model.tokenizer.decode
     # An answer cut off at the longest length did not end, so no end is taught there.
     whole = [
@@ -235,10 +241,7 @@ def teach(
     if not kept:
         return ()
     hidden = torch.stack(
-        [
-            torch.cat(list(_along_answers(model, [_with(e[i], whole[i]) for i in kept])))
-            for e in asked
-        ]
+        [_along_answers(model, [_with(own[i], whole[i]) for i in kept], edit) for own in asked]
     )
     head = first.backend.unembedding()
     parts = [mean_distribution(part, head) for part in hidden.split(_TOKENS_AT_ONCE, dim=1)]
@@ -251,12 +254,40 @@ def teach(
     )
 
 
+def teach_all(
+    model: Any,
+    parts: Sequence[Sequence[Example]],
+    inputs: Sequence[str],
+    settings: Distillation,
+    *,
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+) -> list[tuple[TaughtExample, ...]]:
+    """What a teacher of each part of the labelled examples says, fitted first if it is to be.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`; left as found.
+        parts: what each teacher reads, and may be fitted on.
+        inputs: what all are asked.
+        settings: of the teachers.
+        template: how inputs become prompts.
+    """
+    edits = _teachers(model, parts, settings, template)
+    return [
+        teach(
+            model, inputs, own, template=template,
+            n_teachers=settings.n_teachers, seed=settings.seed, edit=edit,
+        )
+        for own, edit in zip(parts, edits, strict=True)
+    ]  # fmt: skip
+
+
 def ask_teacher(
     model: Any,
     examples: Sequence[Example],
     *,
     template: PromptTemplate = DEFAULT_TEMPLATE,
-    groups: Sequence[Hashable] | None = None,
+    folds: Sequence[Sequence[int]] | None = None,
+    settings: Distillation | None = None,
 ) -> Evaluation:
     """Ask each labelled example after the others: how good a teacher would be.
 
@@ -272,26 +303,39 @@ def ask_teacher(
         model: a `HookedTransformer` or `TransformerBridge`; left as found.
         examples: labelled examples; each is asked after the others, in their order.
         template: how inputs become prompts.
-        groups: a label an example: those with its own are not shown to it either. None for each
-            by itself.
+        folds: indices of examples that are not shown to each other either, each in one fold;
+            None for each by itself. A teacher that is fitted is so once a fold, on the others.
+        settings: whether it is (`teacher_steps`); None for the defaults.
 
     Returns:
         One row an example.
     """
-    labels = list(range(len(examples))) if groups is None else list(groups)
+    folds = [[i] for i in range(len(examples))] if folds is None else folds
+    shown = [[e for i, e in enumerate(examples) if i not in fold] for fold in folds]
+    edits = _teachers(model, shown, settings or Distillation(), template)
     words = replace(template, answer_end="")
-    asked: list[TokenisedExample] = []
-    for example, label in zip(examples, labels, strict=True):
-        shown = [e for e, other in zip(examples, labels, strict=True) if other != label]
-        asked += tokenise(model, [example], template=words, demonstrations=shown)
-    answers: list[tuple[int, ...]] = []
-    scores: list[float] = []
-    # Each prompt has keys of its own: kept all at once they would grow with the examples' square.
-    for first in range(0, len(asked), _ASKED_AT_ONCE):
-        prompts = freeze(model, asked[first : first + _ASKED_AT_ONCE])
-        answers += decode(prompts, [Edit()], max_new_tokens=longest_answer(asked))[0]
-        scores += answer_log_probabilities(prompts, [Edit()])[0].tolist()
-    return Evaluation(tuple(answer_rows(model, examples, answers, scores)))
+    longest = longest_answer(tokenise(model, examples, template=words))
+    rows: dict[int, AnswerRow] = {}
+    for fold, others, edit in zip(folds, shown, edits, strict=True):
+        asked = [examples[i] for i in fold]
+        found = evaluate_edits(
+            model, asked, {"it": edit},
+            demonstrations=others, template=words, max_new_tokens=longest,
+        )  # fmt: skip
+        rows |= zip(fold, found["it"].rows, strict=True)
+    return Evaluation(tuple(rows[i] for i in range(len(examples))))
+
+
+def _teachers(
+    model: Any,
+    parts: Sequence[Sequence[Example]],
+    settings: Distillation,
+    template: PromptTemplate,
+) -> list[Edit]:
+    return fit_teachers(
+        model, parts, steps=settings.teacher_steps, layer=settings.teacher_layer,
+        template=template, seed=settings.seed,
+    )  # fmt: skip
 
 
 def _asked(
@@ -308,20 +352,11 @@ def _with(example: TokenisedExample, answer: Sequence[int]) -> TokenisedExample:
 
 
 def _along_answers(
-    model: Any, examples: Sequence[TokenisedExample]
-) -> Iterator[Float[Tensor, "n_answer d_model"]]:
-    """Normalised last residuals from the last prompt token on, one tensor an example."""
-    prompts = freeze(model, examples, share_prefix=True)
-    backend = prompts.backend
-    with torch.no_grad():
-        for rows in torch.arange(len(examples)).split(_TOKENS_AT_ONCE // 8):
-            packing = Packing(prompts, rows)
-            embedded = backend.embed(prompts.tokens[packing.token], packing.positions)
-            hidden = backend.final_norm(last_residual(run(packing, {0: embedded}, _unedited)))
-            counted = prompts.targets[packing.token] >= 0
-            for row in range(len(rows)):
-                yield hidden[counted & (packing.row == row)]
-
-
-def _unedited(_: int, z: Tensor) -> Tensor:
-    return z
+    model: Any, examples: Sequence[TokenisedExample], edit: Edit
+) -> Float[Tensor, "n_tokens d_model"]:
+    """Normalised last residuals from the last prompt token on, of all answers in order."""
+    parts: list[Tensor] = []
+    for first in range(0, len(examples), _ASKED_AT_ONCE):
+        prompts = freeze(model, examples[first : first + _ASKED_AT_ONCE], share_prefix=True)
+        parts += answer_hidden(prompts, edit)
+    return torch.cat(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -152,9 +152,7 @@ def evaluate_edits(
     demonstrations = tuple(demonstrations)
     if demonstrations:
         check_disjoint(demonstrations, examples)
-        if template.answer_end and template.separator.startswith(template.answer_end):
-            # The answers shown end so, and the model ends its own as they do.
-            template = replace(template, answer_end=template.separator)
+        template = template.behind_demonstrations()
     tokenised = tokenise(model, examples, template=template, demonstrations=demonstrations)
     prompts = freeze(model, tokenised, share_prefix=bool(demonstrations))
     every = list(edits.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -87,6 +88,14 @@ def fit(
     label_share: Annotated[
         float, typer.Option(min=0, help="Weight of the labels when distilling; auto: validated.")
     ] = 0.0,
+    teacher_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="When distilling: steps of a first fit on the labels, behind the few-shot prompt "
+            "that teaches; default 5, 0 for none.",
+        ),
+    ] = None,
     solver: Annotated[Solver, typer.Option(help="Only proximal makes exact zeros.")] = "proximal",
     max_evaluations: Annotated[
         int | None,
@@ -138,7 +147,7 @@ def fit(
     # Of a relaxed fit at a given layer and penalty, the steps are still to be chosen.
     by_validation = fixed is None or alphas is None or objective == "auto" or preset == "relaxed"
     by_validation = by_validation or max_heads is not None
-    distillation = _distillation(objective, inputs, label_share, seed)
+    distillation = _distillation(objective, inputs, label_share, teacher_steps, seed)
     if max_heads is not None and (weights or solver == "adam" or penalty == "none"):
         raise ValueError(
             f"--max-heads {max_heads} chooses among --alpha penalties, with the proximal solver: "
@@ -252,13 +261,21 @@ def _settings(preset: Preset) -> tuple[Objective, Position, float, int | None]:
 
 
 def _distillation(
-    objective: Objective, inputs: Path | None, label_share: float, seed: int
+    objective: Objective,
+    inputs: Path | None,
+    label_share: float,
+    teacher_steps: int | None,
+    seed: int,
 ) -> Distillation | None:
     """The settings of a distilled fit, or None where nothing is distilled."""
     if objective == "answers":
-        if inputs is not None or label_share:
-            name = "--inputs" if inputs is not None else "--label-share"
-            raise ValueError(f"{name} is for distilling: give --objective distill or auto too")
+        for name, value in (
+            ("--inputs", inputs),
+            ("--label-share", label_share or None),
+            ("--teacher-steps", teacher_steps),
+        ):
+            if value is not None:
+                raise ValueError(f"{name} is for distilling: give --objective distill or auto too")
         return None
     from tl_laai.distillation import Distillation
 
@@ -268,7 +285,8 @@ def _distillation(
     except UnicodeDecodeError as error:
         raise ValueError(f"--inputs {inputs} is not in UTF-8: {error}") from error
     given = None if lines is None else tuple(line.strip() for line in lines if line.strip())
-    return Distillation(inputs=given, label_share=label_share, seed=seed)
+    settings = Distillation(inputs=given, label_share=label_share, seed=seed)
+    return settings if teacher_steps is None else replace(settings, teacher_steps=teacher_steps)
 
 
 def _layer(text: str) -> int:
@@ -344,7 +362,7 @@ def _fit_auto(
         if chosen.held_out is not None and chosen.teacher is not None:
             display.say(
                 f"Of {chosen.teacher.n} examples held out, fits on labels answer "
-                f"{chosen.held_out.exact_match:.0%} right, the few-shot prompt "
+                f"{chosen.held_out.exact_match:.0%} right, the teacher "
                 f"{chosen.teacher.exact_match:.0%}: chosen is {chosen.objective}."
             )
     return chosen.fit

@@ -1,7 +1,7 @@
 """What the teacher says while distilled fits are chosen among: each question asked once.
 
 The whole teacher reads all labelled examples; a fold's teacher reads that fold's training part
-alone, so that the fold's held-out labels can judge what it teaches.
+alone, and is fitted on no more, so that the fold's held-out labels can judge what it teaches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from tl_laai.distillation import Distillation, Lesson, teach, weighed
+from tl_laai.distillation import Distillation, Lesson, teach_all, weighed
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
 from tl_laai.prompts import PromptTemplate, TaughtExample
 from tl_laai.splits import seeded_order
@@ -52,7 +52,7 @@ class Lessons:
     @cached_property
     def answered(self) -> tuple[TaughtExample, ...]:
         """What the whole teacher says to all inputs."""
-        return self._teach(self.examples, self.inputs)
+        return self._teach([self.examples], self.inputs)[0]
 
     def whole(self, share: float, taught: Sequence[TaughtExample] = ()) -> Lesson:
         """All examples, and all that the whole teacher says, or some of it.
@@ -99,23 +99,15 @@ class Lessons:
         """
         wanted, few = set(shares), self.inputs[: self.n_few]
         lessons = {}
-        for k, part in enumerate(known):
-            taught = self._teach(part, few)
+        for k, (part, taught) in enumerate(zip(known, self._teach(known, few), strict=True)):
             for share in wanted:
                 lessons[k, share] = self._weighed(taught, part, few, share)
         return lessons
 
     def _teach(
-        self, examples: Sequence[Example], inputs: Sequence[str]
-    ) -> tuple[TaughtExample, ...]:
-        return teach(
-            self.model,
-            inputs,
-            examples,
-            template=self.template,
-            n_teachers=self.settings.n_teachers,
-            seed=self.settings.seed,
-        )
+        self, parts: Sequence[Sequence[Example]], inputs: Sequence[str]
+    ) -> list[tuple[TaughtExample, ...]]:
+        return teach_all(self.model, parts, inputs, self.settings, template=self.template)
 
     def _weighed(
         self,

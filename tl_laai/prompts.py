@@ -7,7 +7,7 @@ those of the prompt on its own, the same in fitting, evaluation and generation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int
@@ -90,6 +90,11 @@ class PromptTemplate:
             for shown in demonstrations
         ]
         return self.separator.join([*solved, self.text.replace("{input}", input)])
+
+    def behind_demonstrations(self) -> PromptTemplate:
+        """The same, with answers that end as those of demonstrations do: a model does so too."""
+        ends_so = bool(self.answer_end) and self.separator.startswith(self.answer_end)
+        return replace(self, answer_end=self.separator) if ends_so else self
 
 
 DEFAULT_TEMPLATE = PromptTemplate()

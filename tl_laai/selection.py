@@ -2,11 +2,12 @@
 
 What is tried is told in `tl_laai.rounds`, how it is compared in `tl_laai.crossvalidation`.
 
-Distillation (`tl_laai.distillation`) is taken where the teacher itself, asked each example after
-the others, answers more of them right than the best fit on labels does of those held out from it;
-where both are level, the answers' probability decides, which alone would not do: fits are sure of
-their answers, teachers are not. Distilled fits on folds would say less: their teachers read few
-examples, and they are tried on few inputs.
+Distillation (`tl_laai.distillation`) is taken where the teacher itself, asked the examples of each
+fold after the others, answers more of them right than the best fit on labels does of those held
+out from it (a teacher that is not fitted is asked each example after all others); where both are
+level, the answers' probability decides, which alone would not do: fits are sure of their answers,
+teachers are not. Distilled fits on folds would say less: their teachers read few examples, and
+they are tried on few inputs.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat, SupportsIndex, cast
+from typing import Any, SupportsFloat, SupportsIndex
 
 from tl_laai.backends import backend_of
 from tl_laai.batches import Fit, NonFiniteError
 from tl_laai.candidates import Candidate, Trial, best_first, best_of_rounds
 from tl_laai.crossvalidation import CrossValidation
-from tl_laai.distillation import Distillation, ask_teacher
+from tl_laai.distillation import Distillation
 from tl_laai.evaluation import Evaluation
 from tl_laai.hooking import Position
 from tl_laai.interventions import json_provenance
@@ -144,8 +145,8 @@ def fit_auto(
         relax_steps: candidate numbers of steps of the relaxed fit (`tl_laai.relaxation`), all of
             them scored along one run; None for `RELAX_STEPS`, and `DISTILLED_STEPS` where
             distilling; empty for the penalised fits themselves.
-        objectives: `answers`, `distill`, or both: distilled where the few-shot prompt answers
-            more of the examples right, held out, than the best fit on labels.
+        objectives: `answers`, `distill`, or both: distilled where the teacher answers more of the
+            examples right, held out, than the best fit on labels.
         distillation: of `distill`; its `label_share` is chosen too, by folds, unless it is above
             0. About a quarter of the inputs is held out while layer and steps are chosen, among
             layers that labels rank first where there are more than three.
@@ -220,9 +221,8 @@ def fit_auto(
         held_out = search.answers(best)
     grid = tried.taught(ranked)
     if held_out is not None and grid:
-        known = cast("Sequence[Example]", examples)
         try:
-            teacher = ask_teacher(model, known, template=template, groups=labels)
+            teacher = search.teacher(labels)
         except TooLongError as error:
             _LOG.warning("distillation is left out of the choice: %s", error)
             grid = []
