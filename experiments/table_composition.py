@@ -69,7 +69,7 @@ def composed(name: str) -> Any:
 
 def compute_one(model: Any, name: str, seed: int) -> list[Row]:
     from tl_laai import FitProblem, evaluate, fit_auto, fit_many
-    from tl_laai.decoding import Edit
+    from tl_laai.edits import Edit
     from tl_laai.evaluation import answer_scores, as_edit, evaluate_edits
 
     split = composed(name).split(train=N_TRAIN, validation=N_VALIDATION, test=N_TEST, seed=seed)

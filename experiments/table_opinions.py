@@ -54,7 +54,7 @@ def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
     """Rows of one part of the table on one split."""
     from tl_laai.baselines import METHODS, tune
     from tl_laai.controls import permuted_heads, random_direction, shuffled_shares
-    from tl_laai.decoding import Edit
+    from tl_laai.edits import Edit
     from tl_laai.prompts import PromptTemplate
     from tl_laai.surveys import evaluate_opinions, mean_floor, uniform_floor
     from tl_laai.tasks import Example

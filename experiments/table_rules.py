@@ -49,7 +49,7 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
     from tl_laai import FitProblem, evaluate, fit_auto, fit_many
     from tl_laai.candidates import Candidate
     from tl_laai.controls import permuted_heads, random_direction, shuffled_answers
-    from tl_laai.decoding import Edit
+    from tl_laai.edits import Edit
     from tl_laai.evaluation import as_edit, evaluate_edits
     from tl_laai.selection import PRESETS
     from tl_laai.side_effects import next_token_kl

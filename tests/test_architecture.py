@@ -55,6 +55,7 @@ LEVELS = {
     "backends": 4,
     "candidates": 4,
     "canvas": 4,
+    "edits": 5,
     "heatmaps": 5,
     "memory": 5,
     "packing": 5,

@@ -17,7 +17,8 @@ from tiny import N_CTX, SLIDING_WINDOW, tiny_bridge, tiny_model
 from torch import Tensor, nn
 
 from tl_laai.backends import backend_of, rank_within
-from tl_laai.decoding import Edit, answer_log_probabilities
+from tl_laai.decoding import answer_log_probabilities
+from tl_laai.edits import Edit
 from tl_laai.engine import Engine
 from tl_laai.prefix import freeze
 

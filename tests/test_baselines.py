@@ -13,7 +13,7 @@ import torch
 from methods_on_tiny import EXAMPLES
 
 from tl_laai.baselines import METHODS, Trial, _score, compare_methods, tune
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.evaluation import answer_scores, evaluate
 from tl_laai.methods import Method, Setting
 from tl_laai.prompts import tokenise

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_laai.controls import permuted_heads, random_direction, shuffled_answers, shuffled_shares
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.opinions import OpinionQuestion
 from tl_laai.tasks import Example
 

@@ -12,8 +12,9 @@ from far_device import FarTensor, TwoDevices, put_far
 from torch import Tensor
 
 from tl_laai.backends import backend_of
-from tl_laai.decoding import Edit, answer_log_probabilities, decode
+from tl_laai.decoding import answer_log_probabilities, decode
 from tl_laai.distillation import Distillation
+from tl_laai.edits import Edit
 from tl_laai.engine import Engine
 from tl_laai.fitting import fit
 from tl_laai.prefix import freeze

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from tiny import tiny_model
 
 from tl_laai import distillation
-from tl_laai.decoding import Edit, longest_answer
+from tl_laai.decoding import longest_answer
 from tl_laai.distillation import Distillation, ask_teacher, prepare, teach
+from tl_laai.edits import Edit
 from tl_laai.fitting import fit
 from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.problems import engine_for

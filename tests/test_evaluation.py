@@ -13,7 +13,8 @@ import torch
 from tiny import N_CTX, tiny_model
 
 from tl_laai import evaluation
-from tl_laai.decoding import Edit, longest_answer
+from tl_laai.decoding import longest_answer
+from tl_laai.edits import Edit
 from tl_laai.evaluation import AnswerRow, Evaluation, as_edit, evaluate, evaluate_edits
 from tl_laai.fingerprints import fingerprint
 from tl_laai.interventions import Intervention

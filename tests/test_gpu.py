@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tl_laai.baselines import METHODS
 from tl_laai.batches import FitBatch, FitProblem
-from tl_laai.decoding import Edit
 from tl_laai.distillation import Distillation, prepare
+from tl_laai.edits import Edit
 from tl_laai.engine import Engine
 from tl_laai.evaluation import evaluate_edits
 from tl_laai.finetuning import fine_tune

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.side_effects import UNRELATED, next_token_kl
 
 PROMPTS = ("abc", "d", "efg hi")

@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny import VOCABULARY_SIZE, tiny_bridge
 
-from tl_laai.decoding import Edit, option_log_probabilities
+from tl_laai.decoding import option_log_probabilities
+from tl_laai.edits import Edit
 from tl_laai.fitting import fit
 from tl_laai.opinions import OpinionQuestion, OpinionTemplate, option_examples
 from tl_laai.prefix import freeze

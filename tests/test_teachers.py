@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tl_laai import teachers
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
 from tl_laai.relaxation import LEARNING_RATE
 from tl_laai.splits import seeded_order

@@ -14,7 +14,8 @@ from methods_on_tiny import EXAMPLES, heads, prompt_after, residual, tokens
 
 from tl_laai.activations import last_token
 from tl_laai.controls import shuffled_answers
-from tl_laai.decoding import Edit, answer_log_probabilities
+from tl_laai.decoding import answer_log_probabilities
+from tl_laai.edits import Edit
 from tl_laai.methods import Setting, leave_one_out
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, tokenise

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.activations import gradient_at_zero, last_token
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.evaluation import Evaluation, evaluate_edits
 from tl_laai.interventions import Intervention
 from tl_laai.penalties import SparseGroupLasso

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.evaluation import Evaluation, answer_scores, evaluate, evaluate_edits
 from tl_laai.head_vectors import InferenceTimeIntervention, LearntHeads
 from tl_laai.methods import Method, Setting

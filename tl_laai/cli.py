@@ -151,7 +151,8 @@ def generate(
     json: Json = False,
 ) -> None:
     """Complete a prompt without and with the intervention: greedily, up to a newline."""
-    from tl_laai.decoding import Edit, decode
+    from tl_laai.decoding import decode
+    from tl_laai.edits import Edit
     from tl_laai.evaluation import as_edit
     from tl_laai.interventions import Intervention
     from tl_laai.prefix import freeze

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.opinions import OpinionQuestion
 from tl_laai.tasks import Example
 

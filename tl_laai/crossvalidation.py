@@ -27,8 +27,8 @@ from torch import Tensor
 
 from tl_laai.batches import Fit, FitBatch, FitProblem
 from tl_laai.candidates import Candidate, Trial, candidates_of
-from tl_laai.decoding import Edit
 from tl_laai.distillation import Distillation, ask_teacher
+from tl_laai.edits import Edit
 from tl_laai.engine import Engine
 from tl_laai.evaluation import AnswerRow, Evaluation, answer_scores, evaluate_edits
 from tl_laai.fitting import fit_many, taught_problem

@@ -27,8 +27,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_laai.backends import own_modes
-from tl_laai.decoding import Edit, answer_hidden, decode, longest_answer
+from tl_laai.decoding import answer_hidden, decode, longest_answer
 from tl_laai.distributions import Distributions, mean_distribution
+from tl_laai.edits import Edit
 from tl_laai.evaluation import AnswerRow, Evaluation, evaluate_edits
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
 from tl_laai.prefix import freeze

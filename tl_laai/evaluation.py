@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_laai.decoding import Edit, answer_log_probabilities, decode, longest_answer
+from tl_laai.decoding import answer_log_probabilities, decode, longest_answer
+from tl_laai.edits import Edit
 from tl_laai.interventions import Intervention
 from tl_laai.metrics import begins_with, exact_match
 from tl_laai.prefix import freeze

@@ -38,13 +38,8 @@ from tl_laai.adapters import (
 )
 from tl_laai.backends import own_modes
 from tl_laai.checkpoints import BUILT_IN
-from tl_laai.decoding import (
-    Edit,
-    EndTokens,
-    answer_log_probabilities,
-    check_room,
-    longest_answer,
-)
+from tl_laai.decoding import EndTokens, answer_log_probabilities, check_room, longest_answer
+from tl_laai.edits import Edit
 from tl_laai.evaluation import Evaluation, answer_rows
 from tl_laai.fingerprints import fingerprint
 from tl_laai.models import load_model

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_laai.activations import gradient_at_zero, losses_under
 from tl_laai.backends import own_modes
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.hooking import Position
 from tl_laai.methods import Method, Setting, given, possible_heads, read_answers
 from tl_laai.penalties import SparseGroupLasso

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tl_laai.decoding import Edit, decode
+from tl_laai.decoding import decode
+from tl_laai.edits import Edit
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise_prompts
 from tl_laai.tasks import Example, same_input_key

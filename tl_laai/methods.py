@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tl_laai.activations import LastToken, last_token
 from tl_laai.backends import backend_of
 from tl_laai.controls import shuffled_answers
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise
 from tl_laai.tasks import Example

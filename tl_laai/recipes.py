@@ -278,7 +278,7 @@ def compare(
         ValueError: another model than that of the fit.
         TooLongError: a prompt is longer than its context.
     """
-    from tl_laai.decoding import Edit  # these import torch, which drawing examples can do without
+    from tl_laai.edits import Edit  # these import torch, which drawing examples can do without
     from tl_laai.evaluation import as_edit, evaluate, evaluate_edits
     from tl_laai.prompts import DEFAULT_TEMPLATE, TooLongError
 

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_laai.decoding import Edit, last_hidden
+from tl_laai.decoding import last_hidden
 from tl_laai.distributions import mean_distribution
+from tl_laai.edits import Edit
 from tl_laai.objectives import VocabularyKL
 from tl_laai.prefix import freeze
 from tl_laai.prompts import TokenisedExample, tokenise_prompts

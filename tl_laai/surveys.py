@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_laai.decoding import Edit, option_log_probabilities
+from tl_laai.decoding import option_log_probabilities
+from tl_laai.edits import Edit
 from tl_laai.evaluation import as_edit
 from tl_laai.interventions import Intervention
 from tl_laai.metrics import (

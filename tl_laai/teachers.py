@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tl_laai.backends import backend_of, own_modes
-from tl_laai.decoding import Edit
+from tl_laai.edits import Edit
 from tl_laai.engine import Engine
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise

@@ -19,7 +19,8 @@ from torch import Tensor
 from tl_laai.activations import last_token
 from tl_laai.backends import backend_of
 from tl_laai.controls import shuffled_answers
-from tl_laai.decoding import Edit, answer_log_probabilities
+from tl_laai.decoding import answer_log_probabilities
+from tl_laai.edits import Edit
 from tl_laai.methods import (
     Method,
     Setting,
