@@ -43,6 +43,7 @@ FIRST = ("zero-shot", "few-shot", "few-shot, fitted", *OURS, "penalised")
 OTHERS = (
     "zero-shot",
     "few-shot",
+    "few-shot, fitted",
     "task-vector",
     "task-vector, begins right",
     "learnt-heads",

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, RULES, parser, tasks
-from rules_shown import N_TEST, N_TRAIN, show
+from rules_shown import N_TEST, N_TRAIN, TAUGHT, show
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
@@ -126,14 +126,11 @@ def _half(method: str, model: Any, data: Any, **settings: Any) -> Row:
 
 
 def distilled(model: Any, data: Any, seed: int) -> list[Row]:
-    """Distillation, its layer by what the teacher says to held-out inputs; how good a teacher."""
+    """Distillation, its layer by what the teacher says to held-out inputs."""
     from tl_laai import fit_auto
-    from tl_laai.distillation import ask_teacher
 
-    options = distilling(seed)
-    chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
-    validation = _validation(ask_teacher(model, data.train, settings=options["distillation"]))
-    return [_fitted_row("distilled", model, data, chosen, validation=validation)]
+    chosen = fit_auto(model, data.train, layers=layers_of(model), **distilling(seed))
+    return [_fitted_row("distilled", model, data, chosen)]
 
 
 def fitted_teacher(model: Any, data: Any, seed: int) -> list[Row]:
@@ -142,17 +139,16 @@ def fitted_teacher(model: Any, data: Any, seed: int) -> list[Row]:
     from tl_laai.distillation import ask_teacher
     from tl_laai.evaluation import evaluate_edits
     from tl_laai.splits import cross_validation_folds
-    from tl_laai.teachers import fit_teachers
+    from tl_laai.teachers import fit_teacher
 
     options = distilling(seed, TEACHER_STEPS)
     chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
     folds = cross_validation_folds(data.train, N_FOLDS, seed)
     held_out = ask_teacher(model, data.train, folds=folds, settings=options["distillation"])
-    (edit,) = fit_teachers(model, [data.train], steps=TEACHER_STEPS, seed=seed)
+    edit = fit_teacher(model, data.train, steps=TEACHER_STEPS, seed=seed)
     itself = evaluate_edits(model, data.test, {"it": edit}, demonstrations=data.train)["it"]
-    name, validation = "distilled, fitted teacher", _validation(held_out)
     return [
-        _fitted_row(name, model, data, chosen, validation=validation),
+        _fitted_row(TAUGHT, model, data, chosen, validation=_validation(held_out)),
         answer_row("few-shot, fitted", itself),
     ]
 

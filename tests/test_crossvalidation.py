@@ -23,7 +23,6 @@ from tl_laai.problems import engine_for
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
 from tl_laai.splits import cross_validation_folds, seeded_order
 from tl_laai.surveys import evaluate_opinions, question_losses
-from tl_laai.teachers import fit_teachers
 
 FOLDS = cross_validation_folds(EXAMPLES, 3, 5)
 EVALUATIONS, LEARNING_RATE = 6, 0.1
@@ -145,8 +144,7 @@ def test_a_folds_teacher_reads_that_folds_training_part_alone(model: Any, steps:
     slow = []
     for held_out in FOLDS[:2]:
         part = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
-        (edit,) = fit_teachers(model, [part], steps=steps)
-        taught = teach(model, inputs, part, edit=edit)
+        taught = teach(model, inputs, part, search.distillation)
         lesson = weighed(taught, part, Distillation(label_share=0.2), inputs, made_up=False)
         problem = taught_problem(FitProblem(part, 1, alpha=0.0), lesson)
         (own,) = fit_many(model, [problem], relax_steps=3)
@@ -158,7 +156,7 @@ def test_distilled_fits_are_scored_by_what_the_teacher_says_to_held_out_inputs(m
     search = search_on(model)
     grid = [Trial(1, 0.0, "distill", 0.2), Trial(3, 0.0, "distill", 0.2)]
     rows = search.score_by_teacher("distilled", grid, (2, 3))
-    answered = teach(model, TAUGHT.inputs or (), EXAMPLES)
+    answered = teach(model, TAUGHT.inputs or (), EXAMPLES, TAUGHT)
     held_out, *kept = seeded_order(answered, TAUGHT.seed)  # three are learnt of, one is not
     lesson = weighed(kept, EXAMPLES, Distillation(label_share=0.2), (), made_up=False)
     assert [(row.layer, row.relax_steps) for row in rows] == [(1, 2), (3, 2), (1, 3), (3, 3)]

@@ -22,7 +22,7 @@ from tl_laai.problems import engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample, decoded_answer, tokenise
 from tl_laai.splits import seeded_order
 from tl_laai.tasks import Example
-from tl_laai.teachers import fit_teachers
+from tl_laai.teachers import fit_teacher
 
 TEMPLATE = PromptTemplate(text="{input}>", answer_prefix="", separator=";", answer_end=".")
 SHOWN = (Example("ab", "x"), Example("c", "yz"), Example("de", "w"))
@@ -48,14 +48,24 @@ def asked(
     return logits[len(prompt) - 1 :]
 
 
-@pytest.mark.parametrize("is_edited", [False, True])
+def taught_after(steps: int, **options: Any) -> Distillation:
+    return Distillation(seed=5, teacher_steps=steps, teacher_layer=0, **options)
+
+
+def edit_after(model: Any, steps: int) -> Edit:
+    return fit_teacher(model, SHOWN, steps=steps, layer=0, template=TEMPLATE, seed=5)
+
+
+@pytest.mark.parametrize("steps", [0, 9])
 @pytest.mark.parametrize("n_teachers", [1, 3])
 def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
-    model: Any, n_teachers: int, is_edited: bool
+    model: Any, n_teachers: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit = Edit({0: oracle.random_delta(model, seed=1)} if is_edited else {})
-    taught = teach(
-        model, INPUTS, SHOWN, template=TEMPLATE, n_teachers=n_teachers, seed=5, edit=edit
+    monkeypatch.setattr(distillation, "_ASKED_AT_ONCE", 2)
+    settings = taught_after(steps, n_teachers=n_teachers)
+    taught, edit = (
+        teach(model, INPUTS, SHOWN, settings, template=TEMPLATE),
+        edit_after(model, steps),
     )
     orders = [SHOWN, *(seeded_order(SHOWN, 5 + i) for i in range(n_teachers - 1))]
     assert [e.tokens.input for e in taught] == list(INPUTS)
@@ -79,13 +89,12 @@ def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("folds", "steps"), [(None, 0), ([[3], [0, 2], [1]], 0), ([[3], [0, 2], [1]], 2)]
-)
+@pytest.mark.parametrize("folds", [None, [[3], [0, 2], [4], [1]]])
+@pytest.mark.parametrize("steps", [0, 2])
 def test_the_teacher_is_asked_each_example_after_the_others(
     model: Any, folds: Any, steps: int
 ) -> None:
-    shown = (*SHOWN, Example("k", "v"))
+    shown = (*SHOWN, Example("k", "v"), Example("AB", "u"))
     settings = Distillation(teacher_steps=steps, teacher_layer=0, seed=2)
     words = dataclasses.replace(TEMPLATE, answer_end="")
     newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
@@ -95,8 +104,9 @@ def test_the_teacher_is_asked_each_example_after_the_others(
     assert [(row.input, row.target) for row in found.rows] == [(e.input, e.output) for e in shown]
     for i, (example, row) in enumerate(zip(shown, found.rows, strict=True)):
         (hidden,) = (fold for fold in folds or [[i]] if i in fold)
-        others = tuple(e for j, e in enumerate(shown) if j not in hidden)
-        (edit,) = fit_teachers(model, [others], steps=steps, layer=0, template=TEMPLATE, seed=2)
+        inputs = {shown[j].input.lower() for j in hidden}  # of one input, none is shown
+        others = tuple(e for e in shown if e.input.lower() not in inputs)
+        edit = fit_teacher(model, others, steps=steps, layer=0, template=TEMPLATE, seed=2)
         (tokens,) = tokenise(model, [example], template=words, demonstrations=others)
         logits = asked(model, example.input, tokens.answer, others, edit).log_softmax(dim=-1)
         each = logits[torch.arange(len(tokens.answer)), list(tokens.answer)]
@@ -105,19 +115,19 @@ def test_the_teacher_is_asked_each_example_after_the_others(
         greedy = oracle.greedy_continuation(model, prompt, longest, ends.__contains__, edit.deltas)
         assert row.prediction == decoded_answer(model.tokenizer.decode(list(greedy)))
     wholes = [math.exp(row.log_probability) for row in found.rows]
-    assert found.probability == pytest.approx(sum(wholes) / 4)
+    assert found.probability == pytest.approx(sum(wholes) / 5)
 
 
-@pytest.mark.parametrize("is_edited", [False, True])
+@pytest.mark.parametrize("steps", [0, 9])
 def test_the_teachers_answer_is_its_greedy_one_with_the_end_of_an_answer(
-    model: Any, is_edited: bool
+    model: Any, steps: int
 ) -> None:
-    edit = Edit({0: 4 * oracle.random_delta(model, seed=1)} if is_edited else {})
+    edit = edit_after(model, steps)
     longest = max(len(e.answer) for e in tokenise(model, SHOWN, template=TEMPLATE)) + 4
     newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     ends = (model.tokenizer.eos_token_id, newline)
     end = tuple(model.tokenizer(".", add_special_tokens=False)["input_ids"])
-    for example in teach(model, INPUTS, SHOWN, template=TEMPLATE, edit=edit):
+    for example in teach(model, INPUTS, SHOWN, taught_after(steps), template=TEMPLATE):
         prompt = model.to_tokens(TEMPLATE.render(example.tokens.input, SHOWN))[0].tolist()
         greedy = oracle.greedy_continuation(model, prompt, longest, ends.__contains__, edit.deltas)
         answer = example.tokens.answer
@@ -169,7 +179,14 @@ def test_distilling_brings_the_bare_prompt_to_the_teacher(model: Any) -> None:
 
 
 def test_settings_out_of_range_are_refused(model: Any) -> None:
-    for wrong in ({"label_share": 1.0}, {"n_teachers": 0}, {"inputs": ()}, {"n_inputs": -1}):
+    for wrong in (
+        {"label_share": 1.0},
+        {"n_teachers": 0},
+        {"inputs": ()},
+        {"n_inputs": -1},
+        {"teacher_steps": -1},
+        {"teacher_layer": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             dataclasses.replace(Distillation(), **wrong)
     with pytest.raises(ValueError, match="objective='distill'"):

@@ -8,7 +8,7 @@ import oracle
 import pytest
 from test_selection import EXAMPLES
 
-from tl_laai import distillation
+from tl_laai import lessons
 from tl_laai.distillation import Distillation, teach
 from tl_laai.lessons import Lessons
 from tl_laai.made_up_inputs import NothingTaughtError
@@ -56,11 +56,11 @@ def test_one_answered_input_is_too_few_to_choose_among_distilled_fits(model: Any
 def test_a_question_is_asked_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def told(model: Any, inputs: Any, examples: Any, **options: Any) -> Any:
+    def told(model: Any, inputs: Any, examples: Any, settings: Any, **options: Any) -> Any:
         asked.append((tuple(inputs), len(examples)))
-        return teach(model, inputs, examples, **options)
+        return teach(model, inputs, examples, settings, **options)
 
-    monkeypatch.setattr(distillation, "teach", told)
+    monkeypatch.setattr(lessons, "teach", told)
     own = lessons_on(model)
     for share in (0.0, 0.5):
         assert own.whole(share).provenance["label_share"] == share

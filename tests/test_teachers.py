@@ -11,11 +11,12 @@ import torch
 
 from tl_laai import teachers
 from tl_laai.edits import Edit
+from tl_laai.engine import Engine
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
 from tl_laai.relaxation import LEARNING_RATE
 from tl_laai.splits import seeded_order
 from tl_laai.tasks import Example
-from tl_laai.teachers import fit_teachers
+from tl_laai.teachers import fit_teacher
 
 TEMPLATE = PromptTemplate(text="{input}>", answer_prefix="", separator=";\n", answer_end=";")
 EXAMPLES = (Example("ab", "x"), Example("c", "yz"), Example("de", "w"), Example("AB", "v"))
@@ -53,7 +54,7 @@ def test_a_teachers_edit_is_adams_on_its_plain_few_shot_prompts(
 ) -> None:
     used = model.cfg.n_layers // 3 if layer is None else layer
     monkeypatch.setattr(teachers, "QUESTIONS", 6)
-    (edit,) = fit_teachers(model, [EXAMPLES], steps=3, layer=layer, template=TEMPLATE, seed=7)
+    edit = fit_teacher(model, EXAMPLES, steps=3, layer=layer, template=TEMPLATE, seed=7)
     slow = slowly_fitted(model, questions(model, EXAMPLES, 7, 6), used, 3)
     assert set(edit.deltas) == {used}
     assert edit.position == "prompt_end"
@@ -61,19 +62,27 @@ def test_a_teachers_edit_is_adams_on_its_plain_few_shot_prompts(
     torch.testing.assert_close(edit.deltas[used].double(), slow, rtol=1e-4, atol=1e-6)
 
 
-def test_teachers_of_several_parts_are_those_fitted_alone(model: Any) -> None:
-    parts = [EXAMPLES[:3], EXAMPLES[1:]]
-    together = fit_teachers(model, parts, steps=2, layer=1, template=TEMPLATE, seed=3)
-    for part, edit in zip(parts, together, strict=True):
-        (alone,) = fit_teachers(model, [part], steps=2, layer=1, template=TEMPLATE, seed=3)
-        torch.testing.assert_close(edit.deltas[1], alone.deltas[1], rtol=1e-6, atol=1e-9)
-
-
-def test_no_steps_leave_teachers_as_they_are(model: Any) -> None:
-    assert fit_teachers(model, [EXAMPLES, ()], steps=0) == [Edit(), Edit()]
+def test_no_steps_leave_a_teacher_as_it_is(model: Any) -> None:
+    assert fit_teacher(model, (), steps=0) == Edit()
 
 
 def test_a_teacher_needs_two_different_inputs(model: Any) -> None:
     same = [EXAMPLES[0], EXAMPLES[3]]
     with pytest.raises(ValueError, match=r"the input 'ab' alone.*teacher_steps=0"):
-        fit_teachers(model, [same], steps=1, template=DEFAULT_TEMPLATE, seed=1)
+        fit_teacher(model, same, steps=1, template=DEFAULT_TEMPLATE, seed=1)
+
+
+@pytest.mark.parametrize("layer", [-1, 9])
+def test_a_layer_that_the_model_has_not_is_refused(model: Any, layer: int) -> None:
+    last = model.cfg.n_layers - 1
+    with pytest.raises(ValueError, match=f"teacher_layer is {layer}; .* 0 to {last}, or give None"):
+        fit_teacher(model, EXAMPLES, steps=1, layer=layer)
+
+
+def test_a_loss_that_is_not_finite_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: Engine, deltas: torch.Tensor, problems: torch.Tensor) -> Any:
+        return deltas.sum(dim=(1, 2)) * torch.nan, deltas
+
+    monkeypatch.setattr(Engine, "value_and_grad", lost)
+    with pytest.raises(ValueError, match=r"teacher_steps is 1, .* not finite.*teacher_steps=0"):
+        fit_teacher(model, EXAMPLES, steps=1, template=TEMPLATE)

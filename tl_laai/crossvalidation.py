@@ -276,7 +276,7 @@ class CrossValidation:
         return Evaluation(tuple(rows))
 
     def teacher(self, labels: Sequence[Hashable]) -> Evaluation:
-        """How the teacher answers each example after the others, or, if fitted, after its fold's.
+        """How the teacher answers each example after the others, or a fold's after other folds'.
 
         Args:
             labels: one an example; those with its own are not shown to it either.

@@ -43,12 +43,11 @@ from tl_laai.prompts import (
     tokenise_prompts,
 )
 from tl_laai.splits import check_count, seeded_order
-from tl_laai.tasks import Example
-from tl_laai.teachers import fit_teachers
+from tl_laai.tasks import Example, same_input_key
+from tl_laai.teachers import fit_teacher, teacher_layer
 
 _TOKENS_AT_ONCE = 512
 _ASKED_AT_ONCE = 64
-_UNEDITED = Edit()
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Distillation:
         n_teachers: orders of the examples over which the teacher is averaged.
         seed: of the orders and of what is made up.
         teacher_steps: steps of the teacher's own fit on the labels, behind its demonstrations
-            (`teachers.fit_teachers`); 0 leaves the few-shot prompt as it is.
+            (`teachers.fit_teacher`); 0 leaves the few-shot prompt as it is.
         teacher_layer: of that fit; None for the one after a third of the model.
     """
 
@@ -127,19 +126,21 @@ def prepare(
     Args:
         model: a `HookedTransformer` or `TransformerBridge`; left as found.
         examples: labelled examples; the teacher reads all of them.
-        settings: None for 64 inputs that the model makes up, and no labels.
+        settings: None for 64 inputs that the model makes up, and labels for the teacher alone.
         template: how inputs become prompts.
 
     Raises:
         NothingTaughtError: the model made up no input, or the teacher answered none.
+        ValueError: the teacher cannot be fitted (`teachers.fit_teacher`).
     """
     settings = settings or Distillation()
+    teacher_layer(model, settings.teacher_layer)  # before inputs are made up
     inputs = settings.inputs
     if inputs is None:
         inputs = make_up_inputs(
             model, examples, settings.n_inputs, template=template, seed=settings.seed
         )
-    (taught,) = teach_all(model, [examples], inputs, settings, template=template)
+    taught = teach(model, inputs, examples, settings, template=template)
     return weighed(taught, examples, settings, inputs, made_up=settings.inputs is None)
 
 
@@ -200,11 +201,9 @@ def teach(
     model: Any,
     inputs: Sequence[str],
     demonstrations: Sequence[Example],
+    settings: Distillation | None = None,
     *,
     template: PromptTemplate = DEFAULT_TEMPLATE,
-    n_teachers: int = 1,
-    seed: int = 0,
-    edit: Edit = _UNEDITED,
 ) -> tuple[TaughtExample, ...]:
     """Let the model answer after demonstrations, and keep its distributions along the answer.
 
@@ -214,18 +213,20 @@ def teach(
     Args:
         model: a `HookedTransformer` or `TransformerBridge`; left as found.
         inputs: what to ask, without labels.
-        demonstrations: what the teacher reads first.
+        demonstrations: what the teacher reads first, and is fitted on if `teacher_steps` says so.
+        settings: of the teacher; None for the defaults. Of `n_teachers` orders of the
+            demonstrations the first is the given one, whose greedy answer is followed; the others
+            are drawn. Their distributions are averaged.
         template: how inputs become prompts.
-        n_teachers: orders of the demonstrations. The first is the given one, whose greedy answer
-            is followed; the others are drawn. Their distributions are averaged.
-        seed: of the drawn orders.
-        edit: what is done to the teacher (`teachers.fit_teachers`); nothing by default.
 
     Returns:
         One entry for each input that has an answer: bare prompt, answer, distributions.
     """
+    settings = settings or Distillation()
     orders = [tuple(demonstrations)]
-    orders += [seeded_order(demonstrations, seed + i) for i in range(n_teachers - 1)]
+    more = range(settings.n_teachers - 1)
+    orders += [seeded_order(demonstrations, settings.seed + i) for i in more]
+    edit = _teacher(model, demonstrations, settings, template)
     longest = longest_answer(tokenise(model, demonstrations, template=template))
     asked = [_asked(model, inputs, order, template) for order in orders]
     first = freeze(model, asked[0], share_prefix=True)
@@ -255,33 +256,6 @@ def teach(
     )
 
 
-def teach_all(
-    model: Any,
-    parts: Sequence[Sequence[Example]],
-    inputs: Sequence[str],
-    settings: Distillation,
-    *,
-    template: PromptTemplate = DEFAULT_TEMPLATE,
-) -> list[tuple[TaughtExample, ...]]:
-    """What a teacher of each part of the labelled examples says, fitted first if it is to be.
-
-    Args:
-        model: a `HookedTransformer` or `TransformerBridge`; left as found.
-        parts: what each teacher reads, and may be fitted on.
-        inputs: what all are asked.
-        settings: of the teachers.
-        template: how inputs become prompts.
-    """
-    edits = _teachers(model, parts, settings, template)
-    return [
-        teach(
-            model, inputs, own, template=template,
-            n_teachers=settings.n_teachers, seed=settings.seed, edit=edit,
-        )
-        for own, edit in zip(parts, edits, strict=True)
-    ]  # fmt: skip
-
-
 def ask_teacher(
     model: Any,
     examples: Sequence[Example],
@@ -292,7 +266,7 @@ def ask_teacher(
 ) -> Evaluation:
     """Ask each labelled example after the others: how good a teacher would be.
 
-    A distilled fit comes near to its teacher, and asking costs one answer an example.
+    A distilled fit comes near to its teacher, and asking costs far less.
     `template.answer_end` is not scored: a teacher ends answers as its demonstrations end, for
     instance with an empty line instead of a newline.
 
@@ -310,31 +284,33 @@ def ask_teacher(
 
     Returns:
         One row an example.
+
+    Raises:
+        ValueError: the teacher cannot be fitted (`teachers.fit_teacher`).
     """
     folds = [[i] for i in range(len(examples))] if folds is None else folds
-    shown = [[e for i, e in enumerate(examples) if i not in fold] for fold in folds]
-    edits = _teachers(model, shown, settings or Distillation(), template)
+    settings = settings or Distillation()
     words = replace(template, answer_end="")
     longest = longest_answer(tokenise(model, examples, template=words))
     rows: dict[int, AnswerRow] = {}
-    for fold, others, edit in zip(folds, shown, edits, strict=True):
+    for fold in folds:
         asked = [examples[i] for i in fold]
+        inputs = {same_input_key(e.input) for e in asked}
+        shown = [e for e in examples if same_input_key(e.input) not in inputs]
+        edit = _teacher(model, shown, settings, template)
         found = evaluate_edits(
             model, asked, {"it": edit},
-            demonstrations=others, template=words, max_new_tokens=longest,
+            demonstrations=shown, template=words, max_new_tokens=longest,
         )  # fmt: skip
         rows |= zip(fold, found["it"].rows, strict=True)
     return Evaluation(tuple(rows[i] for i in range(len(examples))))
 
 
-def _teachers(
-    model: Any,
-    parts: Sequence[Sequence[Example]],
-    settings: Distillation,
-    template: PromptTemplate,
-) -> list[Edit]:
-    return fit_teachers(
-        model, parts, steps=settings.teacher_steps, layer=settings.teacher_layer,
+def _teacher(
+    model: Any, examples: Sequence[Example], settings: Distillation, template: PromptTemplate
+) -> Edit:
+    return fit_teacher(
+        model, examples, steps=settings.teacher_steps, layer=settings.teacher_layer,
         template=template, seed=settings.seed,
     )  # fmt: skip
 

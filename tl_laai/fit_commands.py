@@ -46,6 +46,8 @@ Preset = Literal["paper", "relaxed", "distill"]
 
 # Of a fit at a given layer and penalty.
 DEFAULT_EVALUATIONS, DEFAULT_TOLERANCE = 150, 1e-3
+# The same as in `distillation.Distillation`; a test compares them.
+DEFAULT_TEACHER_STEPS = 5
 
 
 def fit(
@@ -93,7 +95,7 @@ def fit(
         typer.Option(
             min=0,
             help="When distilling: steps of a first fit on the labels, behind the few-shot prompt "
-            "that teaches; default 5, 0 for none.",
+            f"that teaches; {DEFAULT_TEACHER_STEPS} unless given, 0 for none.",
         ),
     ] = None,
     solver: Annotated[Solver, typer.Option(help="Only proximal makes exact zeros.")] = "proximal",

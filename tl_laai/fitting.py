@@ -58,7 +58,7 @@ def fit(
         alpha: instead of `penalty`: the group weight as a share of `lambda_max`.
         l1_ratio: with `alpha`: the l1 weight as a multiple of the group weight.
         objective: `answers` (their cross-entropy, the paper's), or `distill` (the model's own
-            few-shot distributions, ours: `tl_laai.distillation`).
+            few-shot distributions, once fitted, ours: `tl_laai.distillation`).
         distillation: settings of `distill`; None for its defaults.
         position: `prompt_end` (the last prompt token) or `every_step` (each decoding step).
         template: how inputs become prompts.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from tl_laai.distillation import Distillation, Lesson, teach_all, weighed
+from tl_laai.distillation import Distillation, Lesson, teach, weighed
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
 from tl_laai.prompts import PromptTemplate, TaughtExample
 from tl_laai.splits import seeded_order
@@ -52,7 +52,7 @@ class Lessons:
     @cached_property
     def answered(self) -> tuple[TaughtExample, ...]:
         """What the whole teacher says to all inputs."""
-        return self._teach([self.examples], self.inputs)[0]
+        return self._teach(self.examples, self.inputs)
 
     def whole(self, share: float, taught: Sequence[TaughtExample] = ()) -> Lesson:
         """All examples, and all that the whole teacher says, or some of it.
@@ -99,15 +99,16 @@ class Lessons:
         """
         wanted, few = set(shares), self.inputs[: self.n_few]
         lessons = {}
-        for k, (part, taught) in enumerate(zip(known, self._teach(known, few), strict=True)):
+        for k, part in enumerate(known):
+            taught = self._teach(part, few)
             for share in wanted:
                 lessons[k, share] = self._weighed(taught, part, few, share)
         return lessons
 
     def _teach(
-        self, parts: Sequence[Sequence[Example]], inputs: Sequence[str]
-    ) -> list[tuple[TaughtExample, ...]]:
-        return teach_all(self.model, parts, inputs, self.settings, template=self.template)
+        self, examples: Sequence[Example], inputs: Sequence[str]
+    ) -> tuple[TaughtExample, ...]:
+        return teach(self.model, inputs, examples, self.settings, template=self.template)
 
     def _weighed(
         self,

@@ -44,6 +44,7 @@ from tl_laai.rounds import (
 )
 from tl_laai.splits import cross_validation_folds, integer
 from tl_laai.tasks import Example, same_input_key
+from tl_laai.teachers import teacher_layer
 
 _LOG = logging.getLogger("tl_laai")
 
@@ -76,7 +77,8 @@ class Selection:
         candidate: the row of the table that was chosen.
         held_out: how the best fits on labels (on few heads, if those were chosen) answered what
             was held out; None for opinions.
-        teacher: how the model answers each example after the others, where distilling is a choice.
+        teacher: how the teacher answers examples after others that it reads and may be fitted on,
+            where distilling is a choice.
     """
 
     fit: Fit
@@ -187,6 +189,8 @@ def fit_auto(
         raise ValueError(
             f"distillation is given, and objectives is {list(objectives)}: add 'distill' to them."
         )
+    if distillation is not None:
+        teacher_layer(model, distillation.teacher_layer)
     check_choice(model, examples, labels, candidates, shares, steps or (), objectives, max_heads)
     few = max_heads if max_heads != backend_of(model).n_heads else None  # all is no limit
     tried = Rounds(

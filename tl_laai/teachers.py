@@ -23,57 +23,74 @@ from tl_laai.engine import Engine
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise
 from tl_laai.relaxation import relax
+from tl_laai.solvers import Status
 from tl_laai.splits import seeded_order
 from tl_laai.tasks import Example, same_input_key
 
 QUESTIONS = 20
-"""How often a teacher is asked in a fit: ten examples twice, or twenty of more once."""
+"""How many prompts a teacher is fitted on: ten examples twice, or twenty of more once."""
 
 
 @own_modes()
-def fit_teachers(
+def fit_teacher(
     model: Any,
-    parts: Sequence[Sequence[Example]],
+    examples: Sequence[Example],
     *,
     steps: int,
     layer: int | None = None,
     template: PromptTemplate = DEFAULT_TEMPLATE,
     seed: int = 0,
-) -> list[Edit]:
-    """What is added behind the demonstrations, for a teacher of each part of the examples.
+) -> Edit:
+    """What is added behind the demonstrations of a teacher that reads the examples.
 
     Example:
-        >>> (edit,) = fit_teachers(model, [split.train], steps=5)  # doctest: +SKIP
+        >>> edit = fit_teacher(model, split.train, steps=5)  # doctest: +SKIP
+        >>> evaluate_edits(  # doctest: +SKIP
+        ...     model, split.test, {"fitted": edit}, demonstrations=split.train
+        ... )
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`; left as found.
-        parts: the labelled examples that each teacher reads, and may learn from.
-        steps: of Adam; 0 leaves the teachers as they are.
+        examples: labelled; each is asked after the others.
+        steps: of Adam; 0 leaves the teacher as it is.
         layer: where; None for the one after a third of the model.
         template: how inputs become prompts.
-        seed: of the order in which the other examples are shown.
+        seed: of the orders in which the others are shown.
 
     Returns:
-        One edit a part, at the last prompt token.
+        Delta of one layer, at the last prompt token.
 
     Raises:
-        ValueError: a part has no two different inputs, so that none can be asked after another.
+        ValueError: no such layer, no two different inputs, so that none can be asked after
+            another, or a loss that is not finite.
     """
     if not steps:
-        return [Edit() for _ in parts]
-    backend = backend_of(model)
-    layer = backend.n_layers // 3 if layer is None else layer
-    asked = [_questions(model, examples, template, seed) for examples in parts]
-    numbers = iter(range(sum(map(len, asked))))
-    engine = Engine(
-        freeze(model, [question for own in asked for question in own]),
-        layers=[layer] * len(parts),
-        rows=[[next(numbers) for _ in own] for own in asked],
-    )
+        return Edit()
+    layer = teacher_layer(model, layer)
+    prompts = freeze(model, _questions(model, examples, template, seed))
+    engine = Engine(prompts, layers=[layer], rows=[range(QUESTIONS)])
+    backend = prompts.backend
     dtype = torch.promote_types(backend.dtype, torch.float32)
-    support = torch.ones(len(parts), backend.n_heads, backend.d_head, dtype=torch.bool)
-    found = relax(engine.value_and_grad, support, dtype=dtype, steps=steps)
-    return [Edit({layer: solution.delta}) for solution in found.solutions]
+    support = torch.ones(1, backend.n_heads, backend.d_head, dtype=torch.bool)
+    (found,) = relax(engine.value_and_grad, support, dtype=dtype, steps=steps).solutions
+    if found.status is Status.NON_FINITE:
+        raise ValueError(
+            f"teacher_steps is {steps}, and the teacher's loss on its labels is not finite. Use a "
+            "wider dtype (float32), or teacher_steps=0."
+        )
+    return Edit({layer: found.delta})
+
+
+def teacher_layer(model: Any, layer: int | None) -> int:
+    """The layer of a teacher's fit: the one asked for, or the one after a third of the model."""
+    n_layers = backend_of(model).n_layers
+    if layer is None:
+        return n_layers // 3
+    if layer not in range(n_layers):
+        raise ValueError(
+            f"teacher_layer is {layer}; this model has layers 0 to {n_layers - 1}, or give None."
+        )
+    return layer
 
 
 def _questions(
@@ -90,7 +107,8 @@ def _questions(
         if not others:
             raise ValueError(
                 f"examples hold the input {query.input!r} alone: a teacher is fitted on each "
-                "example asked after others. Give more, or teacher_steps=0."
+                "example asked after others. Give more examples, or no steps of that fit "
+                "(teacher_steps=0, --teacher-steps 0)."
             )
         shown = seeded_order(others, seed + i)
         questions += tokenise(model, [query], template=template, demonstrations=shown)
