@@ -55,11 +55,11 @@ OTHERS = (
 
 
 def _best_by_validation(rows: Sequence[Row]) -> list[Row]:
-    """Of labels and teacher the better on held-out examples, as `fit_auto` chooses: rows again."""
+    """Of labels and plain teacher the better on held-out examples, as `fit_auto` chooses: rows."""
     units: dict[tuple[str, int], dict[bool, Row]] = {}
     for row in rows:
-        if "validation" in row and row["method"] != "distilled":
-            units.setdefault((row["task"], row["seed"]), {})[row["method"] == TAUGHT] = row
+        if "validation" in row and row["method"] != TAUGHT:
+            units.setdefault((row["task"], row["seed"]), {})[row["method"] == "distilled"] = row
     best = (
         max(own[False], own[True], key=lambda row: row["validation"])  # labels where level
         for own in units.values()
@@ -96,7 +96,7 @@ def show(rows: list[Row]) -> None:
             print(f"{method}: norms {min(norms):.1f} to {max(norms):.1f}")
     made_up = {
         name: [row["n_test_made_up"] for row in these]
-        for name, these in found.get(TAUGHT, {}).items()
+        for name, these in found.get("distilled", {}).items()
     }
     print(f"held-out inputs that the model made up and was taught on: {made_up}\n")
     for method, column in (

@@ -126,11 +126,14 @@ def _half(method: str, model: Any, data: Any, **settings: Any) -> Row:
 
 
 def distilled(model: Any, data: Any, seed: int) -> list[Row]:
-    """Distillation, its layer by what the teacher says to held-out inputs."""
+    """Distillation, its layer by what the teacher says to held-out inputs; how good a teacher."""
     from tl_laai import fit_auto
+    from tl_laai.distillation import ask_teacher
 
-    chosen = fit_auto(model, data.train, layers=layers_of(model), **distilling(seed))
-    return [_fitted_row("distilled", model, data, chosen)]
+    options = distilling(seed)
+    chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
+    validation = _validation(ask_teacher(model, data.train, settings=options["distillation"]))
+    return [_fitted_row("distilled", model, data, chosen, validation=validation)]
 
 
 def fitted_teacher(model: Any, data: Any, seed: int) -> list[Row]:
