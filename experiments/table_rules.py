@@ -179,7 +179,7 @@ def _fitted_row(method: str, model: Any, data: Any, chosen: Any, **more: Any) ->
 
 
 def _validation(held_out: Any) -> list[float]:
-    """How examples of the ten were answered that were held out: as `does_better` compares."""
+    """How examples of the ten were answered that were held out: share right, probability."""
     return [held_out.exact_match, held_out.probability]
 
 

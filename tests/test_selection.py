@@ -230,29 +230,26 @@ def test_a_choice_that_cannot_be_made_is_refused(
         fit_auto(model, options.pop("examples"), **options)
 
 
-def answered(correct: float, probability: float) -> Evaluation:
-    """Ten answers, so many of them right, each of the same probability."""
-    right = [i < 10 * correct for i in range(10)]
-    return Evaluation(tuple(AnswerRow("", "", "", ok, math.log(probability)) for ok in right))
+def answered(n_right: int) -> Evaluation:
+    """Ten answers, so many of them right."""
+    return Evaluation(tuple(AnswerRow("", "", "", i < n_right, -1.0) for i in range(10)))
 
 
-def test_a_teacher_does_better_by_right_answers_and_then_by_their_probability() -> None:
-    labelled = answered(0.4, 0.5)
-    assert selection.does_better(answered(0.5, 0.1), labelled)
-    assert selection.does_better(answered(0.4, 0.6), labelled)
-    assert not selection.does_better(answered(0.3, 0.9), labelled)
-    assert not selection.does_better(labelled, labelled)
+def test_a_teacher_keeps_up_with_fits_that_answer_one_example_more() -> None:
+    assert selection.keeps_up(answered(4), answered(3))
+    assert selection.keeps_up(answered(4), answered(5))
+    assert not selection.keeps_up(answered(4), answered(6))
 
 
-@pytest.mark.parametrize(("is_better", "teacher_steps"), [(False, 0), (True, 2)])
-def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels(
-    monkeypatch: pytest.MonkeyPatch, is_better: bool, teacher_steps: int
+@pytest.mark.parametrize(("keeps_up", "teacher_steps"), [(False, 0), (True, 2)])
+def test_distillation_is_taken_where_the_teacher_keeps_up_with_fits_on_labels(
+    monkeypatch: pytest.MonkeyPatch, keeps_up: bool, teacher_steps: int
 ) -> None:
     model = oracle.shared_model("bridge", "llama")
     inputs = ("m", "no", "pq", "rs", "tu", "vw", "xy", "z")
     settings = Distillation(inputs=inputs, teacher_steps=teacher_steps)
     told: list[str] = []
-    monkeypatch.setattr(selection, "does_better", lambda *_: is_better)
+    monkeypatch.setattr(selection, "keeps_up", lambda *_: keeps_up)
     chosen = fit_auto(
         model, EXAMPLES, layers=[0, 1], alphas=[0.5], n_folds=3, objectives=("answers", "distill"),
         distillation=settings, relax_steps=(3, 4), max_evaluations=3,
@@ -266,7 +263,7 @@ def test_distillation_is_taken_where_the_teacher_does_better_than_fits_on_labels
     assert kept["teacher"] == chosen.teacher.exact_match
     assert kept["held_out"] == chosen.held_out.exact_match
     taught = [row for row in chosen.table if row.objective == "distill"]
-    if not is_better:
+    if not keeps_up:
         assert chosen.objective == "answers"
         assert not taught
         assert {"final", "refit"} == set(told)
@@ -438,7 +435,7 @@ def test_labels_are_the_choice_where_distilling_fails(
         return [row]
 
     monkeypatch.setattr(CrossValidation, "score_by_teacher", failing)
-    monkeypatch.setattr(selection, "does_better", lambda *_: True)
+    monkeypatch.setattr(selection, "keeps_up", lambda *_: True)
     chosen = fit_auto(
         model, EXAMPLES, layers=[1], n_folds=2, relax_steps=(2,), max_evaluations=4,
         objectives=["answers", "distill"],

@@ -2,12 +2,11 @@
 
 What is tried is told in `tl_laai.rounds`, how it is compared in `tl_laai.crossvalidation`.
 
-Distillation (`tl_laai.distillation`) is taken where the teacher itself, asked the examples of each
-fold after the others, answers more of them right than the best fit on labels does of those held
-out from it (a teacher that is not fitted is asked each example after all others); where both are
-level, the answers' probability decides, which alone would not do: fits are sure of their answers,
-teachers are not. Distilled fits on folds would say less: their teachers read few examples, and
-they are tried on few inputs.
+Distillation (`tl_laai.distillation`) is taken unless the best fit on labels answers at least two
+held-out examples more than the teacher itself, asked the examples of each fold after the others (a
+teacher that is not fitted is asked each example after all others). One more is no reason: the
+distilled fit learns the labels too. Distilled fits on folds would say less: their teachers read few
+examples, and they are tried on few inputs.
 """
 
 from __future__ import annotations
@@ -147,8 +146,8 @@ def fit_auto(
         relax_steps: candidate numbers of steps of the relaxed fit (`tl_laai.relaxation`), all of
             them scored along one run; None for `RELAX_STEPS`, and `DISTILLED_STEPS` where
             distilling; empty for the penalised fits themselves.
-        objectives: `answers`, `distill`, or both: distilled where the teacher answers more of the
-            examples right, held out, than the best fit on labels.
+        objectives: `answers`, `distill`, or both: distilled unless the best fit on labels answers
+            two examples more right, held out, than the teacher.
         distillation: of `distill`; its `label_share` is chosen too, by folds, unless it is above
             0. About a quarter of the inputs is held out while layer and steps are chosen, among
             layers that labels rank first where there are more than three.
@@ -230,7 +229,7 @@ def fit_auto(
         except TooLongError as error:
             _LOG.warning("distillation is left out of the choice: %s", error)
             grid = []
-    if grid and (teacher is None or held_out is None or does_better(teacher, held_out)):
+    if grid and (teacher is None or held_out is None or keeps_up(teacher, held_out)):
         rows = _distilled(tried, search, grid, required=best is None)
         table += rows
         best = next(
@@ -271,12 +270,10 @@ def _finite(best: Candidate | None, learning_rate: float) -> Candidate:
     return best
 
 
-def does_better(teacher: Evaluation, labelled: Evaluation) -> bool:
-    """Whether a teacher answered held-out examples better than fits on labels did.
-
-    By right answers; where level, by their probability, which for fits includes the answer's end.
-    """
-    return (teacher.exact_match, teacher.probability) > (labelled.exact_match, labelled.probability)
+def keeps_up(teacher: Evaluation, labelled: Evaluation) -> bool:
+    """Whether a teacher answered at most one held-out example less right than fits on labels."""
+    n_right, n_labelled = (sum(row.correct for row in own.rows) for own in (teacher, labelled))
+    return n_right + 1 >= n_labelled
 
 
 def _work(tried: Rounds, search: CrossValidation) -> int:
