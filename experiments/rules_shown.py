@@ -9,6 +9,7 @@ from typing import Any
 from common import tasks
 from tables import (
     MORE,
+    TAUGHT,
     Row,
     average,
     by_method,
@@ -28,7 +29,6 @@ SET_ON_TASKS = (
     "singular-plural",
     "present-past",
 )
-TAUGHT = "distilled, fitted teacher"  # as `fit_auto` distils by default
 OURS = (
     "best by validation",
     "relaxed",

@@ -16,6 +16,8 @@ from common import FIGURES, parser, tasks
 from tables import (
     ALPHA,
     MODEL,
+    TAUGHT,
+    TEACHER_STEPS,
     Row,
     answer_row,
     by_method,
@@ -39,7 +41,7 @@ SEEDS = (0, 1, 2, 3, 4)
 SIZES = (5, 10, 20, 50)
 N_TEST = 100
 TASKS = ("country-capital", "english-french", "singular-plural", "antonym")
-OURS = ("fitted", "distilled")
+OURS = ("fitted", "distilled", TAUGHT)
 NAME = "table_examples"
 
 
@@ -60,16 +62,27 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
 
 def distilled(model: Any, data: Any, seed: int) -> list[Row]:
     """Fits on what the few-shot prompt answers."""
+    return _distilled("distilled", model, data, seed)
+
+
+def fitted_teacher(model: Any, data: Any, seed: int) -> list[Row]:
+    """Fits on what a few-shot prompt answers with a Delta of its own."""
+    return _distilled(TAUGHT, model, data, seed, TEACHER_STEPS)
+
+
+def _distilled(method: str, model: Any, data: Any, seed: int, teacher_steps: int = 0) -> list[Row]:
     from tl_laai import evaluate, fit_auto
 
-    chosen = fit_auto(model, data.train, layers=layers_of(model), **distilling(seed))
+    options = distilling(seed, teacher_steps)
+    chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
     score = evaluate(model, data.test, intervention=chosen.fit.intervention)
-    return [answer_row("distilled", score, described(chosen.candidate))]
+    return [answer_row(method, score, described(chosen.candidate))]
 
 
 GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "fits": fits,
     "distilled": distilled,
+    "fitted teacher": fitted_teacher,
     "finetuning": finetuning,
 }
 

@@ -19,12 +19,13 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, RULES, parser, tasks
-from rules_shown import N_TEST, N_TRAIN, TAUGHT, show
+from rules_shown import N_TEST, N_TRAIN, show
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
     MODEL,
     N_FOLDS,
+    TAUGHT,
     TEACHER_STEPS,
     Row,
     answer_row,

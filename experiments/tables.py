@@ -24,6 +24,8 @@ MORE = "\n---\n"
 STEPS, N_FOLDS, ALPHA, CHOOSING_EVALUATIONS = (15, 30, 60), 2, 0.9, 15
 TAUGHT_STEPS, LABEL_SHARE, TEACHER_STEPS = 45, 0.5, 5
 
+TAUGHT = "distilled, fitted teacher"  # as `fit_auto` distils by default
+
 
 def layers_of(model: Any) -> list[int]:
     """The layers after a sixth, a third and half of the model: 3, 6 and 9 of 18."""

@@ -175,6 +175,7 @@ def test_distilling_brings_the_bare_prompt_to_the_teacher(model: Any) -> None:
     recorded = result.intervention.provenance["objective"]
     assert recorded["objective"] == "distill"
     assert recorded["inputs"] == list(INPUTS)
+    assert recorded["teacher_layer"] == model.cfg.n_layers // 3
     assert result.intervention.provenance["n_train"] == 3
 
 

@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 from tl_laai import made_up_inputs
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
-from tl_laai.prompts import PromptTemplate
+from tl_laai.prompts import PromptTemplate, tokenise_prompts
 from tl_laai.tasks import Example
 
 TEMPLATE = PromptTemplate(text="{input}>", answer_prefix="", separator=";", answer_end=".")
@@ -46,6 +46,27 @@ def test_made_up_inputs_end_where_all_of_the_template_goes_on(
     assert make_up_inputs(model, SHOWN, 4, template=template) == ("water",)
     with pytest.raises(ValueError, match=r"template has \{input\} 2 times"):
         make_up_inputs(model, SHOWN, 4, template=PromptTemplate("{input} or {input}"))
+
+
+def test_inputs_may_have_twice_the_tokens_of_those_shown(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[int] = []
+
+    def decoded(*_: Any, max_new_tokens: int, **__: Any) -> Any:
+        allowed.append(max_new_tokens)
+        return [[tuple(model.tokenizer("at", add_special_tokens=False)["input_ids"])]]
+
+    monkeypatch.setattr(made_up_inputs, "decode", decoded)
+    long = Example("a b " * 5, "x")
+    for shown in (SHOWN, (*SHOWN, long)):
+        make_up_inputs(model, shown, 1, template=TEMPLATE)
+    n_tokens = len(tokenise_prompts(model, [long.input])[0])
+    assert allowed == [made_up_inputs._LONGEST_INPUT, 2 * n_tokens]
+    opening = TEMPLATE.render("?", (long,) * 5).rsplit("?", 1)[0]
+    make_up_inputs(model, (long,) * 5, 1, template=TEMPLATE)
+    room = model.cfg.n_ctx - len(tokenise_prompts(model, [opening])[0])
+    assert allowed[-1] == room < 2 * n_tokens
 
 
 def test_a_model_that_makes_up_nothing_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,14 @@ class Distillation:
         if self.inputs is not None and not self.inputs:
             raise ValueError("inputs is empty; give some, or None to let the model make them up")
 
+    def on(self, model: Any) -> Distillation:
+        """The same with the number of the teacher's layer, checked.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        return replace(self, teacher_layer=teacher_layer(model, self.teacher_layer))
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -133,8 +141,7 @@ def prepare(
         NothingTaughtError: the model made up no input, or the teacher answered none.
         ValueError: the teacher cannot be fitted (`teachers.fit_teacher`).
     """
-    settings = settings or Distillation()
-    teacher_layer(model, settings.teacher_layer)  # before inputs are made up
+    settings = (settings or Distillation()).on(model)
     inputs = settings.inputs
     if inputs is None:
         inputs = make_up_inputs(

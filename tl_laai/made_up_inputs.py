@@ -13,7 +13,7 @@ from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise_prompts
 from tl_laai.tasks import Example, same_input_key
 
-_LONGEST_INPUT = 16  # tokens of an input that the model makes up
+_LONGEST_INPUT = 16  # tokens of an input that the model makes up, or twice what the shown ones have
 _ROUNDS = 4  # of sampling, before fewer inputs than asked for are accepted
 
 
@@ -57,6 +57,8 @@ def make_up_inputs(
         )
     closing = closings[0].split("\n", 1)[0].strip()  # what the template goes on with in the line
     (prompt,) = tokenise_prompts(model, [opening.rstrip(" ")])
+    lengths = [len(own) for own in tokenise_prompts(model, [e.input for e in demonstrations])]
+    longest = min(max(_LONGEST_INPUT, 2 * max(lengths)), model.cfg.n_ctx - len(prompt))
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     known = {same_input_key(shown.input) for shown in demonstrations}
@@ -65,11 +67,11 @@ def make_up_inputs(
         return ()
     prompts = freeze(model, [TokenisedExample(prompt, (), "", "")] * n)
     for _ in range(_ROUNDS):
-        (samples,) = decode(prompts, [Edit()], max_new_tokens=_LONGEST_INPUT, generator=generator)
+        (samples,) = decode(prompts, [Edit()], max_new_tokens=longest, generator=generator)
         for sample in samples:
             text = model.tokenizer.decode(list(sample)).split("\n", 1)[0]
             goes_on = bool(closing) and closing in text
-            if len(sample) == _LONGEST_INPUT and not goes_on:
+            if len(sample) == longest and not goes_on:
                 continue  # cut off
             if goes_on:
                 text = text.split(closing, 1)[0]

@@ -43,7 +43,6 @@ from tl_laai.rounds import (
 )
 from tl_laai.splits import cross_validation_folds, integer
 from tl_laai.tasks import Example, same_input_key
-from tl_laai.teachers import teacher_layer
 
 _LOG = logging.getLogger("tl_laai")
 
@@ -188,8 +187,7 @@ def fit_auto(
         raise ValueError(
             f"distillation is given, and objectives is {list(objectives)}: add 'distill' to them."
         )
-    if distillation is not None:
-        teacher_layer(model, distillation.teacher_layer)
+    taught = (distillation or Distillation(seed=seed)).on(model)
     check_choice(model, examples, labels, candidates, shares, steps or (), objectives, max_heads)
     few = max_heads if max_heads != backend_of(model).n_heads else None  # all is no limit
     tried = Rounds(
@@ -202,7 +200,7 @@ def fit_auto(
     limit = integer("max_evaluations", max_evaluations)
     search = CrossValidation(
         model, examples, folds, l1_ratio, limit, learning_rate, position, template,
-        max_memory, progress, distillation or Distillation(seed=seed), DISTILLED_INPUTS,
+        max_memory, progress, taught, DISTILLED_INPUTS,
     )  # fmt: skip
     search.work = _work(tried, search)
     table: list[Candidate] = []
