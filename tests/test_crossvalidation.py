@@ -195,11 +195,16 @@ def test_the_work_told_is_the_cost_foretold(model: Any) -> None:
     told: list[tuple[str, int, int]] = []
     search = search_on(model, told)
     grid = [Trial(1, 0.8), Trial(3, 0.0)]
-    # Two folds; of relaxed fits only those with a penalty are solved first.
-    assert search.cost(grid, 2, ()) == 2 * 2 * EVALUATIONS
-    assert search.cost(grid, 2, (3, 5)) == 2 * (EVALUATIONS + 2 * 6)
-    assert search.cost(grid, 9, (), 4) == 3 * 2 * 4
-    search.work = search.cost(grid, 2, (3, 5))
+    parts = [len(EXAMPLES) - len(out) for out in FOLDS[:2]]
+    assert search.parts(FOLDS[:2], taught=False) == parts
+    assert search.parts(FOLDS[:2], taught=True) == [n + 3 for n in parts]
+    assert search.largest(taught=False) == len(EXAMPLES)
+    assert search.largest(taught=True) == len(EXAMPLES) + len(TAUGHT.inputs or ())
+    # Of relaxed fits only those with a penalty are solved first.
+    assert search.cost(grid, parts, ()) == sum(parts) * 2 * EVALUATIONS
+    assert search.cost(grid, parts, (3, 5)) == sum(parts) * (EVALUATIONS + 2 * 6)
+    assert search.cost(grid, parts, (), 4) == sum(parts) * 2 * 4
+    search.work = search.cost(grid, parts, (3, 5))
     search.score("final", grid, FOLDS[:2], (3, 5))
     assert {name for name, _, _ in told} == {"final"}
     done = [state[1] for state in told]

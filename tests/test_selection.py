@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 
-from tl_laai import rounds, selection
+from tl_laai import crossvalidation, rounds, selection
 from tl_laai.batches import NonFiniteError
 from tl_laai.candidates import Candidate
 from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
@@ -160,12 +160,13 @@ def test_progress_never_goes_back_and_ends_at_the_whole(
         "final",
         "refit",
     ]
-    # Four layers in two folds, and two penalties at three layers in three folds, then one fit.
+    # Four layers in two folds, and two penalties at three layers in three folds, then one fit:
+    # an example is fitted on in all folds but its own.
     brief = rounds.SCREENING_STEPS + 1 if relax_steps else rounds.SCREENING_EVALUATIONS
-    screening = 4 * 2 * brief
+    screening = 4 * brief * len(EXAMPLES)
     one = EVALUATIONS + (max(relax_steps) + 1 if relax_steps else 0)
-    final = 3 * 2 * 3 * one
-    assert whole == screening + final + one
+    final = 3 * 2 * one * 2 * len(EXAMPLES)
+    assert whole == screening + final + one * len(EXAMPLES)
     at_last = {name: step for name, step, _ in told}
     assert at_last["screening"] <= screening < at_last["final"] <= screening + final
 
@@ -266,7 +267,7 @@ def test_distillation_is_taken_where_the_teacher_keeps_up_with_fits_on_labels(
     if not keeps_up:
         assert chosen.objective == "answers"
         assert not taught
-        assert {"final", "refit"} == set(told)
+        assert {"final", "teacher", "refit"} == set(told)
         return
     by_teacher, mixed = rows_of(chosen, "distilled"), rows_of(chosen, "mixed")
     assert [*by_teacher, *mixed] == taught
@@ -280,7 +281,7 @@ def test_distillation_is_taken_where_the_teacher_keeps_up_with_fits_on_labels(
         for share in rounds.DISTILLED_SHARES
     ]
     assert chosen.candidate is max(mixed, key=lambda row: row.validation_probability)
-    assert {"final", "distilled", "mixed", "refit"} == set(told)
+    assert {"final", "teacher", "distilled", "mixed", "refit"} == set(told)
 
 
 def test_distillation_alone_asks_no_teacher_first() -> None:
@@ -310,13 +311,35 @@ def test_a_share_of_labels_that_is_given_is_kept() -> None:
     assert chosen.fit.intervention.provenance["objective"]["label_share"] == 0.3
 
 
+N, WITH_INPUTS = len(EXAMPLES), len(EXAMPLES) + 3
+TEACHER = crossvalidation.TEACHER_COST
+
+
 @pytest.mark.parametrize(
     ("objective", "share", "costs"),
     [
         # Two layers on all heads; then nine penalties of four evaluations; then one, two steps.
-        ("answers", 0.0, {"final": 2 * 2 * 3, "heads": 9 * 4 + 2 * (4 + 3)}),
-        ("distill", 0.3, {"distilled": 2 * 3, "heads": 9 * 4 + (4 + 3)}),
-        ("distill", 0.0, {"distilled": 2 * 3, "mixed": 2 * 2 * 3, "heads": 9 * 4 + (4 + 3)}),
+        # Each of two folds is fitted on half of the examples.
+        ("answers", 0.0, {"final": 2 * 3 * N, "heads": 9 * 4 * N + (4 + 3) * N}),
+        (
+            "distill",
+            0.3,
+            {
+                "teacher": TEACHER,
+                "distilled": 2 * 3 * WITH_INPUTS,
+                "heads": 9 * 4 * WITH_INPUTS + (4 + 3) * WITH_INPUTS,
+            },
+        ),
+        (
+            "distill",
+            0.0,
+            {
+                "teacher": 3 * TEACHER,
+                "distilled": 2 * 3 * WITH_INPUTS,
+                "mixed": 2 * 3 * (N + 2 * 3),
+                "heads": 9 * 4 * WITH_INPUTS + (4 + 3) * WITH_INPUTS,
+            },
+        ),
     ],
 )
 def test_no_more_heads_are_left_than_allowed(
@@ -341,7 +364,8 @@ def test_no_more_heads_are_left_than_allowed(
     for of_choice in ("layer", "objective", "label_share"):
         assert getattr(chosen.candidate, of_choice) == getattr(free.candidate, of_choice)
     assert {name for name, _, _ in told} == {*costs, "refit"}
-    assert {whole for *_, whole in told} == {sum(costs.values()) + 4 + 3}
+    refit = (4 + 3) * (N if objective == "answers" else WITH_INPUTS)
+    assert {whole for *_, whole in told} == {sum(costs.values()) + refit}
     before_refit = max(done for name, done, _ in told if name != "refit")
     assert before_refit <= sum(costs.values())
     assert all(before[1] <= after[1] for before, after in pairwise(told))

@@ -41,6 +41,10 @@ from tl_laai.splits import cross_validation_folds
 from tl_laai.surveys import question_losses
 from tl_laai.tasks import Example
 
+# What else takes long, in evaluations of one example that take as long: measured on two cores, ten
+# examples of one word each.
+TEACHER_COST, INPUTS_COST = 600, 800
+
 
 class TooManyHeadsError(ValueError):
     """No setting leaves as few heads as are allowed."""
@@ -63,7 +67,7 @@ class CrossValidation:
         progress: called with `(what, work done, work in all)`.
         distillation: settings of distilled fits.
         n_inputs: of how many of their inputs they learn, at most, until one is chosen.
-        work: loss-and-gradient evaluations in all, at most.
+        work: loss-and-gradient evaluations of one example, in all, at most.
     """
 
     model: Any
@@ -86,6 +90,22 @@ class CrossValidation:
     def _lessons(self) -> Lessons:
         labelled, settings = cast("Sequence[Example]", self.examples), self.distillation
         return Lessons(self.model, labelled, settings, self.template, self.n_inputs)
+
+    @cached_property
+    def _held_out_answers(self) -> tuple[tuple[TaughtExample, ...], tuple[TaughtExample, ...]]:
+        found = self._lessons.held_out_split()
+        self.tell("teacher", self.inputs_cost + self.teacher_cost)
+        return found
+
+    @property
+    def teacher_cost(self) -> int:
+        """Work of fitting a teacher."""
+        return TEACHER_COST if self.distillation.teacher_steps else 0
+
+    @property
+    def inputs_cost(self) -> int:
+        """Work of making up inputs."""
+        return INPUTS_COST if self.distillation.inputs is None else 0
 
     def tell(self, name: str, evaluations: int) -> None:
         """Count work that was done, and tell of it."""
@@ -111,13 +131,16 @@ class CrossValidation:
                 penalised fits themselves.
             max_evaluations: of a penalised fit; None for that of all rounds.
         """
-        before = self._done
         limit = self.max_evaluations if max_evaluations is None else max_evaluations
         known = [[e for i, e in enumerate(self.examples) if i not in out] for out in folds]
         asked = [[self.examples[i] for i in out] for out in folds]
         shares = {trial.label_share for trial in grid if trial.objective == "distill"}
         labelled = cast("list[list[Example]]", known)
-        lessons = self._lessons.of_folds(labelled, shares) if shares else {}
+        lessons = {}
+        if shares:
+            lessons = self._lessons.of_folds(labelled, shares)
+            self.tell("teacher", len(folds) * self.teacher_cost)
+        before = self._done
         problems = []
         for trial in grid:
             for k, part in enumerate(known):
@@ -126,7 +149,8 @@ class CrossValidation:
                     problem = taught_problem(problem, lessons[k, trial.label_share])
                 problems.append(problem)
         found = self._fit(name, problems, relax_steps, limit)
-        self._done = before + self.cost(grid, len(folds), relax_steps, limit)
+        parts = self.parts(folds, taught=bool(shares))
+        self._done = before + self.cost(grid, parts, relax_steps, limit)
         candidates = []
         for steps, deltas in found.items():
             own = deltas.unflatten(0, (len(grid), len(folds)))
@@ -149,10 +173,10 @@ class CrossValidation:
         Raises:
             NothingTaughtError: the teacher answered fewer than two inputs.
         """
-        kept, held_out = self._lessons.held_out_split()
+        kept, held_out = self._held_out_answers
         problems, before = [self._problem(trial, kept) for trial in grid], self._done
         found = self._fit(name, problems, relax_steps, self.max_evaluations)
-        self._done = before + self.cost(grid, 1, relax_steps)
+        self._done = before + self.cost(grid, self.parts([()], taught=True), relax_steps)
         candidates = []
         engine = self._engine(grid, [[example] for example in held_out])
         for steps, deltas in found.items():
@@ -174,7 +198,8 @@ class CrossValidation:
         """
         problems, before = [self._problem(trial) for trial in grid], self._done
         found = self._fit(name, problems, (), self.max_evaluations)[0]
-        self._done = before + self.cost(grid, 1, ())
+        taught = any(trial.objective == "distill" for trial in grid)
+        self._done = before + self.cost(grid, [self.largest(taught=taught)], ())
         left: list[int] = (found.norm(dim=-1) > 0).sum(dim=-1).tolist()
         most = max((n for n in left if n <= max_heads), default=0)
         if not most:
@@ -205,8 +230,10 @@ class CrossValidation:
             max_memory=self.max_memory,
         )
 
+        each = sum(len(problem.examples) for problem in problems) // len(problems)
+
         def callback(state: Any) -> None:
-            self.tell(name, state.n_active)
+            self.tell(name, state.n_active * each)
 
         if relax_steps:
             return batch.relaxed(
@@ -219,18 +246,45 @@ class CrossValidation:
         solutions = batch.solve(max_evaluations=max_evaluations, callback=callback)
         return {0: torch.stack([solution.delta for solution in solutions])}
 
+    def parts(self, folds: Sequence[Sequence[int]], *, taught: bool) -> list[int]:
+        """How many examples a fit on all but each fold has, at most.
+
+        Args:
+            folds: indices of examples.
+            taught: whether it learns a few inputs too.
+        """
+        more = self.largest(taught=taught) - len(self.examples)
+        return [len(self.examples) - len(out) + min(self.n_inputs, more) for out in folds]
+
+    def largest(self, *, taught: bool) -> int:
+        """How many examples a fit on all has, at most.
+
+        Args:
+            taught: whether it learns all inputs too.
+        """
+        own = self.distillation
+        n_inputs = own.n_inputs if own.inputs is None else len(own.inputs)
+        return len(self.examples) + (n_inputs if taught else 0)
+
     def cost(
         self,
         grid: Sequence[Trial],
-        n_folds: int,
+        parts: Sequence[int],
         relax_steps: Sequence[int],
         max_evaluations: int | None = None,
     ) -> int:
-        """Evaluations that `score` of the same arguments takes at most."""
+        """Evaluations of one example that fits of a grid take at most.
+
+        Args:
+            grid: what is fitted, once a part.
+            parts: how many examples there are in each.
+            relax_steps: as in `score`.
+            max_evaluations: as in `score`.
+        """
         limit = self.max_evaluations if max_evaluations is None else max_evaluations
         penalised = len(grid) if not relax_steps else sum(trial.alpha > 0 for trial in grid)
         steps = max(relax_steps) + 1 if relax_steps else 0
-        return min(n_folds, len(self.folds)) * (penalised * limit + len(grid) * steps)
+        return sum(parts) * (penalised * limit + len(grid) * steps)
 
     def _held_out(
         self, grid: Sequence[Trial], deltas: Tensor, asked: Sequence[Sequence[FitExample]]
@@ -281,15 +335,18 @@ class CrossValidation:
         Args:
             labels: one an example; those with its own are not shown to it either.
         """
-        each = cross_validation_folds(labels, len(set(labels)), 0)
-        known = cast("Sequence[Example]", self.examples)
-        return ask_teacher(
-            self.model,
-            known,
-            template=self.template,
-            folds=self.folds if self.distillation.teacher_steps else each,  # one fit a fold
-            settings=self.distillation,
-        )
+        known, settings = cast("Sequence[Example]", self.examples), self.distillation
+        folds = self.folds  # one fit of the teacher each
+        if not settings.teacher_steps:
+            folds = cross_validation_folds(labels, len(set(labels)), 0)
+        rows: dict[int, AnswerRow] = {}
+        for fold in folds:
+            found = ask_teacher(
+                self.model, known, template=self.template, folds=[fold], settings=settings
+            )
+            rows |= zip(sorted(fold), found.rows, strict=True)
+            self.tell("teacher", self.teacher_cost)
+        return Evaluation(tuple(rows[i] for i in range(len(known))))
 
     def _problem(self, trial: Trial, taught: Sequence[TaughtExample] = ()) -> FitProblem:
         """A trial on all examples; distilled from some of what the teacher answered, or all."""
@@ -312,7 +369,7 @@ class CrossValidation:
             learning_rate=self.learning_rate,
             relax_steps=chosen.relax_steps,
             max_memory=self.max_memory,
-            callback=lambda _: self.tell("refit", 1),
+            callback=lambda _: self.tell("refit", len(problem.examples)),
         )
         self.tell("refit", self.work)
         return fitted

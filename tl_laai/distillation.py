@@ -290,7 +290,7 @@ def ask_teacher(
         settings: whether it is (`teacher_steps`); None for the defaults.
 
     Returns:
-        One row an example.
+        One row an example that is in a fold, in their order.
 
     Raises:
         ValueError: the teacher cannot be fitted (`teachers.fit_teacher`).
@@ -310,7 +310,7 @@ def ask_teacher(
             demonstrations=shown, template=words, max_new_tokens=longest,
         )  # fmt: skip
         rows |= zip(fold, found["it"].rows, strict=True)
-    return Evaluation(tuple(rows[i] for i in range(len(examples))))
+    return Evaluation(tuple(rows[i] for i in sorted(rows)))
 
 
 def _teacher(

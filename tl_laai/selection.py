@@ -164,7 +164,7 @@ def fit_auto(
         max_memory: GiB that one chunk of rows may take above the model.
         provenance: kept with the intervention.
         progress: called with `(what, work done, work in all)`; work is counted in
-            loss-and-gradient evaluations, at most `in all` of them.
+            loss-and-gradient evaluations of one example, at most `in all` of them.
 
     Returns:
         The refitted choice and the whole validation table.
@@ -202,12 +202,12 @@ def fit_auto(
         model, examples, folds, l1_ratio, limit, learning_rate, position, template,
         max_memory, progress, taught, DISTILLED_INPUTS,
     )  # fmt: skip
-    search.work = _work(tried, search)
+    # Few folds that together hold out every example: the fewer fitted on, the faster.
+    parts = cross_validation_folds(labels, SCREENING_FOLDS, seed)
+    search.work = _work(tried, search, parts)
     table: list[Candidate] = []
     ranked: Sequence[int] = candidates
     if grid := tried.screening():
-        # Few folds that together hold out every example: the fewer fitted on, the faster.
-        parts = cross_validation_folds(labels, SCREENING_FOLDS, seed)
         fewer = min(limit, SCREENING_EVALUATIONS)
         table += search.score("screening", grid, parts, tried.brief, fewer)
         ranked = tried.apart([row.layer for row in best_first(table)])
@@ -274,27 +274,28 @@ def keeps_up(teacher: Evaluation, labelled: Evaluation) -> bool:
     return n_right + 1 >= n_labelled
 
 
-def _work(tried: Rounds, search: CrossValidation) -> int:
-    """Evaluations that all rounds and the refit take at most."""
+def _work(tried: Rounds, search: CrossValidation, parts: Sequence[Sequence[int]]) -> int:
+    """Work of all rounds and the refit at most, where layers are screened on `parts`."""
     taught, labelled = tried.taught(tried.layers), tried.labelled(tried.layers)
     steps = (*tried.steps, *(tried.taught_steps if taught else ()))
-    heads = 0
+    on_folds, at_once = (search.parts(search.folds, taught=False), search.parts([()], taught=True))
+    work = search.cost(
+        tried.screening(), search.parts(parts, taught=False), tried.brief, SCREENING_EVALUATIONS
+    )
+    work += search.cost(labelled, on_folds, tried.steps)
+    if taught:
+        mixed, few = tried.mixed(taught[0]), search.folds[:MIXED_FOLDS]
+        n_teachers = (len(search.folds) if labelled else 0) + 1 + (len(few) if mixed else 0)
+        work += n_teachers * search.teacher_cost + search.inputs_cost
+        work += search.cost(taught, at_once, tried.taught_steps)
+        work += search.cost(mixed, search.parts(few, taught=True), tried.taught_steps[-1:])
     if tried.max_heads is not None:
         sparse = tried.sparse((taught or labelled)[0])
-        n_folds = len(search.folds) if labelled else 1
-        heads = search.cost(sparse, 1, ()) + max(
-            search.cost([trial], n_folds, steps) for trial in sparse
-        )
-    return (
-        search.cost(tried.screening(), SCREENING_FOLDS, tried.brief, SCREENING_EVALUATIONS)
-        + search.cost(labelled, len(search.folds), tried.steps)
-        + search.cost(taught, 1, tried.taught_steps)
-        + search.cost(
-            tried.mixed(taught[0]) if taught else [], MIXED_FOLDS, tried.taught_steps[-1:]
-        )
-        + heads
-        + (search.max_evaluations + max(steps, default=-1) + 1)
-    )
+        again = max((on_folds if labelled else [], at_once if taught else []), key=sum)
+        work += search.cost(sparse, [search.largest(taught=bool(taught))], ())
+        work += max(search.cost([trial], again, steps) for trial in sparse)
+    refit = search.max_evaluations + max(steps, default=-1) + 1
+    return work + search.largest(taught=bool(taught)) * refit
 
 
 def _sparse(
