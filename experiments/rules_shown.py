@@ -75,7 +75,7 @@ def show(rows: list[Row]) -> None:
     lines = []
     for method, own in found.items():
         cells = [percent(own[name]) if name in own else "-" for name in names]
-        whole = _of_all_tasks(own, names)
+        whole = of_all_tasks(own, names)
         heads = [row["n_heads"] for row in whole if "n_heads" in row]
         moved = [row["kl_unrelated"] for row in whole if "kl_unrelated" in row]
         n_seeds = str(len({row["seed"] for row in whole}) or "-")
@@ -132,7 +132,7 @@ def show(rows: list[Row]) -> None:
             own: dict[str, list[Row]] = {}
             for row in shared.values():
                 own.setdefault(row["task"], []).append(row)
-            whole = {(row["task"], row["seed"]): row for row in _of_all_tasks(own, names)}
+            whole = {(row["task"], row["seed"]): row for row in of_all_tasks(own, names)}
             lines.append([f"{ours} - {other}", *cells, _difference(whole, b, by="task")])
     print(markdown(["difference in points", *names, "mean"], lines))
 
@@ -161,7 +161,7 @@ def _by_fit(rows: dict[str, list[Row]]) -> dict[tuple[str, int], Row]:
     return {(name, row["seed"]): row for name, own in rows.items() for row in own}
 
 
-def _of_all_tasks(own: dict[str, list[Row]], names: list[str]) -> list[Row]:
+def of_all_tasks(own: dict[str, list[Row]], names: list[str]) -> list[Row]:
     """The rows of those seeds that have one for every task, so that all tasks weigh the same."""
     seeds = [{row["seed"] for row in own.get(name, [])} for name in names]
     whole = set.intersection(*seeds)

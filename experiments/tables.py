@@ -116,8 +116,8 @@ def by_method(rows: Sequence[Row], column: str) -> dict[str, dict[str, list[Row]
     return found
 
 
-def percent(rows: Sequence[Row], by: str | None = None) -> str:
-    """Mean exact match with its 95 % interval.
+def interval(rows: Sequence[Row], by: str | None = None) -> tuple[float, float, float]:
+    """Mean exact match and the ends of its 95 % interval, in percent.
 
     Args:
         rows: a fit each.
@@ -125,7 +125,12 @@ def percent(rows: Sequence[Row], by: str | None = None) -> str:
     """
     scores = [float(x) for row in rows for x in row["correct"]]
     it = paired_bootstrap(scores, [0.0] * len(scores), _drawn_together(rows, by))
-    return f"{100 * it.difference:.0f} ({100 * it.low:.0f} to {100 * it.high:.0f})"
+    return 100 * it.difference, 100 * it.low, 100 * it.high
+
+
+def percent(rows: Sequence[Row], by: str | None = None) -> str:
+    """The same as text."""
+    return "{:.0f} ({:.0f} to {:.0f})".format(*interval(rows, by))
 
 
 def _drawn_together(rows: Sequence[Row], by: str | None) -> list[Any]:
