@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from common import tasks
 from tables import (
@@ -55,7 +54,7 @@ OTHERS = (
 
 
 def _best_by_validation(rows: Sequence[Row]) -> list[Row]:
-    """Rows as `fit_auto` chooses: labels alone where they answer two more of the ten held out."""
+    """Rows as `fit_auto` chooses: labels where they answer two more of ten at least."""
     units: dict[tuple[str, int], dict[bool, Row]] = {}
     for row in rows:
         if "validation" in row and row["method"] != "distilled":
@@ -128,12 +127,12 @@ def show(rows: list[Row]) -> None:
             compared.add(pair)
             a, b = (_by_fit(found[method]) for method in (ours, other))
             shared = {key: a[key] for key in a.keys() & b.keys()}
-            cells = [_difference({k: r for k, r in shared.items() if k[0] == n}, b) for n in names]
+            cells = [difference({k: r for k, r in shared.items() if k[0] == n}, b) for n in names]
             own: dict[str, list[Row]] = {}
             for row in shared.values():
                 own.setdefault(row["task"], []).append(row)
             whole = {(row["task"], row["seed"]): row for row in of_all_tasks(own, names)}
-            lines.append([f"{ours} - {other}", *cells, _difference(whole, b, by="task")])
+            lines.append([f"{ours} - {other}", *cells, difference(whole, b, by="task")])
     print(markdown(["difference in points", *names, "mean"], lines))
 
 
@@ -166,7 +165,3 @@ def of_all_tasks(own: dict[str, list[Row]], names: list[str]) -> list[Row]:
     seeds = [{row["seed"] for row in own.get(name, [])} for name in names]
     whole = set.intersection(*seeds)
     return [row for name in names for row in own.get(name, []) if row["seed"] in whole]
-
-
-def _difference(ours: Any, theirs: Any, by: str | None = None) -> str:
-    return difference(ours, {key: theirs[key] for key in ours}, by) if ours else "-"

@@ -153,6 +153,8 @@ def _line(cells: Sequence[str]) -> str:
 def difference(ours: Mapping[Any, Row], theirs: Mapping[Any, Row], by: str | None = None) -> str:
     """Mean difference of exact match in points over the fits that both have, as `percent`."""
     shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return "-"
     a, b = ([x for key in shared for x in rows[key]["correct"]] for rows in (ours, theirs))
     it = paired_bootstrap(a, b, _drawn_together([ours[key] for key in shared], by))
     return f"{100 * it.difference:+.0f} ({100 * it.low:+.0f} to {100 * it.high:+.0f})"

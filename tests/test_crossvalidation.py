@@ -12,6 +12,7 @@ import torch
 from test_selection import EXAMPLES
 from test_surveys import QUESTIONS, TEMPLATE
 
+from tl_laai import crossvalidation
 from tl_laai.batches import FitProblem
 from tl_laai.candidates import Candidate, Trial
 from tl_laai.crossvalidation import CrossValidation
@@ -204,12 +205,25 @@ def test_the_work_told_is_the_cost_foretold(model: Any) -> None:
     assert search.cost(grid, parts, ()) == sum(parts) * 2 * EVALUATIONS
     assert search.cost(grid, parts, (3, 5)) == sum(parts) * (EVALUATIONS + 2 * 6)
     assert search.cost(grid, parts, (), 4) == sum(parts) * 2 * 4
-    search.work = search.cost(grid, parts, (3, 5))
+    foretold = search.cost(grid, parts, (3, 5))
+    search.work = 2 * foretold
     search.score("final", grid, FOLDS[:2], (3, 5))
     assert {name for name, _, _ in told} == {"final"}
     done = [state[1] for state in told]
     assert done == sorted(done)
-    assert done[-1] <= search.work
+    assert 0.5 * foretold < done[-1] <= foretold
+    search.tell("next", 0)
+    assert told[-1] == ("next", foretold, search.work)
+
+
+def test_teachers_and_made_up_inputs_are_work_too(model: Any) -> None:
+    search = search_on(model)
+    assert (search.teacher_cost, search.inputs_cost) == (0, 0)
+    search.distillation = Distillation(n_inputs=7, teacher_steps=2)
+    costs = 3 * crossvalidation.TEACHER_COST, 7 * crossvalidation.INPUTS_COST
+    assert (search.teacher_cost, search.inputs_cost) == costs
+    assert search.largest(taught=True) == len(EXAMPLES) + 7
+    assert search.parts([()], taught=True) == [len(EXAMPLES) + 3]  # no more while choosing
 
 
 def test_fits_that_diverge_have_no_score(model: Any) -> None:

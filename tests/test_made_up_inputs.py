@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 from tl_laai import made_up_inputs
 from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
-from tl_laai.prompts import PromptTemplate, tokenise_prompts
+from tl_laai.prompts import PromptTemplate, tokenise, tokenise_prompts
 from tl_laai.tasks import Example
 
 TEMPLATE = PromptTemplate(text="{input}>", answer_prefix="", separator=";", answer_end=".")
@@ -53,20 +53,28 @@ def test_inputs_may_have_twice_the_tokens_of_those_shown(
 ) -> None:
     allowed: list[int] = []
 
+    texts = ("at", "x" * made_up_inputs._LONGEST_INPUT)
+    samples = [tuple(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
+    assert len(samples[1]) == made_up_inputs._LONGEST_INPUT
+
     def decoded(*_: Any, max_new_tokens: int, **__: Any) -> Any:
         allowed.append(max_new_tokens)
-        return [[tuple(model.tokenizer("at", add_special_tokens=False)["input_ids"])]]
+        return [samples]
 
     monkeypatch.setattr(made_up_inputs, "decode", decoded)
     long = Example("a b " * 5, "x")
-    for shown in (SHOWN, (*SHOWN, long)):
-        make_up_inputs(model, shown, 1, template=TEMPLATE)
+    assert make_up_inputs(model, SHOWN, 2, template=TEMPLATE) == texts[:1]  # the other is cut off
+    assert make_up_inputs(model, (*SHOWN, long), 2, template=TEMPLATE) == texts
     n_tokens = len(tokenise_prompts(model, [long.input])[0])
-    assert allowed == [made_up_inputs._LONGEST_INPUT, 2 * n_tokens]
-    opening = TEMPLATE.render("?", (long,) * 5).rsplit("?", 1)[0]
-    make_up_inputs(model, (long,) * 5, 1, template=TEMPLATE)
+    assert {*allowed} == {made_up_inputs._LONGEST_INPUT, 2 * n_tokens}
+    # Of a full context, what is left beside one more example.
+    make_up_inputs(model, (long,) * 3, 1, template=TEMPLATE)
+    opening = TEMPLATE.render("?", (long,) * 3).rsplit("?", 1)[0]
+    (whole,) = tokenise(model, [long], template=TEMPLATE)
     room = model.cfg.n_ctx - len(tokenise_prompts(model, [opening])[0])
-    assert allowed[-1] == room < 2 * n_tokens
+    room -= len(whole.prompt) + len(whole.answer)
+    assert made_up_inputs._LONGEST_INPUT < allowed[-1] == room < 2 * n_tokens
+    assert make_up_inputs(model, (), 1, template=TEMPLATE) == texts[:1]
 
 
 def test_a_model_that_makes_up_nothing_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,9 @@ from tl_laai.splits import cross_validation_folds
 from tl_laai.surveys import question_losses
 from tl_laai.tasks import Example
 
-# What else takes long, in evaluations of one example that take as long: measured on two cores, ten
-# examples of one word each.
-TEACHER_COST, INPUTS_COST = 600, 800
+# A step of a teacher's fit, and making up an input, take about as long as so many evaluations of
+# one example: measured on two cores, on ten examples of one word each.
+TEACHER_COST, INPUTS_COST = 100, 12
 
 
 class TooManyHeadsError(ValueError):
@@ -67,7 +67,7 @@ class CrossValidation:
         progress: called with `(what, work done, work in all)`.
         distillation: settings of distilled fits.
         n_inputs: of how many of their inputs they learn, at most, until one is chosen.
-        work: loss-and-gradient evaluations of one example, in all, at most.
+        work: loss-and-gradient evaluations of one example, or what takes as long, at most.
     """
 
     model: Any
@@ -100,12 +100,13 @@ class CrossValidation:
     @property
     def teacher_cost(self) -> int:
         """Work of fitting a teacher."""
-        return TEACHER_COST if self.distillation.teacher_steps else 0
+        steps = self.distillation.teacher_steps
+        return TEACHER_COST * (steps + 1) if steps else 0
 
     @property
     def inputs_cost(self) -> int:
         """Work of making up inputs."""
-        return INPUTS_COST if self.distillation.inputs is None else 0
+        return INPUTS_COST * self.distillation.n_inputs if self.distillation.inputs is None else 0
 
     def tell(self, name: str, evaluations: int) -> None:
         """Count work that was done, and tell of it."""
@@ -253,8 +254,8 @@ class CrossValidation:
             folds: indices of examples.
             taught: whether it learns a few inputs too.
         """
-        more = self.largest(taught=taught) - len(self.examples)
-        return [len(self.examples) - len(out) + min(self.n_inputs, more) for out in folds]
+        more = min(self.n_inputs, self._most_inputs) if taught else 0
+        return [len(self.examples) - len(out) + more for out in folds]
 
     def largest(self, *, taught: bool) -> int:
         """How many examples a fit on all has, at most.
@@ -262,9 +263,12 @@ class CrossValidation:
         Args:
             taught: whether it learns all inputs too.
         """
+        return len(self.examples) + (self._most_inputs if taught else 0)
+
+    @property
+    def _most_inputs(self) -> int:
         own = self.distillation
-        n_inputs = own.n_inputs if own.inputs is None else len(own.inputs)
-        return len(self.examples) + (n_inputs if taught else 0)
+        return own.n_inputs if own.inputs is None else len(own.inputs)
 
     def cost(
         self,
@@ -335,18 +339,15 @@ class CrossValidation:
         Args:
             labels: one an example; those with its own are not shown to it either.
         """
-        known, settings = cast("Sequence[Example]", self.examples), self.distillation
-        folds = self.folds  # one fit of the teacher each
-        if not settings.teacher_steps:
-            folds = cross_validation_folds(labels, len(set(labels)), 0)
-        rows: dict[int, AnswerRow] = {}
-        for fold in folds:
-            found = ask_teacher(
-                self.model, known, template=self.template, folds=[fold], settings=settings
-            )
-            rows |= zip(sorted(fold), found.rows, strict=True)
-            self.tell("teacher", self.teacher_cost)
-        return Evaluation(tuple(rows[i] for i in range(len(known))))
+        settings, each = self.distillation, cross_validation_folds(labels, len(set(labels)), 0)
+        return ask_teacher(
+            self.model,
+            cast("Sequence[Example]", self.examples),
+            template=self.template,
+            folds=self.folds if settings.teacher_steps else each,  # one fit a fold
+            settings=settings,
+            after_fold=lambda: self.tell("teacher", self.teacher_cost),
+        )
 
     def _problem(self, trial: Trial, taught: Sequence[TaughtExample] = ()) -> FitProblem:
         """A trial on all examples; distilled from some of what the teacher answered, or all."""

@@ -17,7 +17,7 @@ answers may have a share in it too (`Distillation.label_share`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -194,7 +194,7 @@ def weighed(
             "label_share": share,
             "n_teachers": settings.n_teachers,
             "teacher_steps": settings.teacher_steps,
-            "teacher_layer": settings.teacher_layer,
+            "teacher_layer": settings.teacher_layer if settings.teacher_steps else None,
             "seed": settings.seed,
             "n_taught": len(taught),
             "made_up": made_up,
@@ -270,6 +270,7 @@ def ask_teacher(
     template: PromptTemplate = DEFAULT_TEMPLATE,
     folds: Sequence[Sequence[int]] | None = None,
     settings: Distillation | None = None,
+    after_fold: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Ask each labelled example after the others: how good a teacher would be.
 
@@ -288,9 +289,10 @@ def ask_teacher(
         folds: indices of examples that are not shown to each other either, each in one fold;
             None for each by itself. A teacher that is fitted is so once a fold, on the others.
         settings: whether it is (`teacher_steps`); None for the defaults.
+        after_fold: called after each.
 
     Returns:
-        One row an example that is in a fold, in their order.
+        One row an example.
 
     Raises:
         ValueError: the teacher cannot be fitted (`teachers.fit_teacher`).
@@ -310,7 +312,9 @@ def ask_teacher(
             demonstrations=shown, template=words, max_new_tokens=longest,
         )  # fmt: skip
         rows |= zip(fold, found["it"].rows, strict=True)
-    return Evaluation(tuple(rows[i] for i in sorted(rows)))
+        if after_fold is not None:
+            after_fold()
+    return Evaluation(tuple(rows[i] for i in range(len(examples))))
 
 
 def _teacher(

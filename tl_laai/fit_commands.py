@@ -362,9 +362,11 @@ def _fit_auto(
         )  # fmt: skip
         display.show(display.text_table(columns, cells))
         if chosen.held_out is not None and chosen.teacher is not None:
+            own, teacher = (
+                sum(row.correct for row in e.rows) for e in (chosen.held_out, chosen.teacher)
+            )
             display.say(
-                f"Of {chosen.teacher.n} examples held out, fits on labels answer "
-                f"{chosen.held_out.exact_match:.0%} right, the teacher "
-                f"{chosen.teacher.exact_match:.0%}: chosen is {chosen.objective}."
+                f"Of {chosen.teacher.n} examples held out, fits on labels answer {own} right, the "
+                f"teacher {teacher}: chosen is {chosen.objective} (labels if clearly more)."
             )
     return chosen.fit

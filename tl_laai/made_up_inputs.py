@@ -10,10 +10,16 @@ import torch
 from tl_laai.decoding import decode
 from tl_laai.edits import Edit
 from tl_laai.prefix import freeze
-from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise_prompts
+from tl_laai.prompts import (
+    DEFAULT_TEMPLATE,
+    PromptTemplate,
+    TokenisedExample,
+    tokenise,
+    tokenise_prompts,
+)
 from tl_laai.tasks import Example, same_input_key
 
-_LONGEST_INPUT = 16  # tokens of an input that the model makes up, or twice what the shown ones have
+_LONGEST_INPUT = 16  # tokens of an input that the model makes up, unless longer ones are shown
 _ROUNDS = 4  # of sampling, before fewer inputs than asked for are accepted
 
 
@@ -57,14 +63,13 @@ def make_up_inputs(
         )
     closing = closings[0].split("\n", 1)[0].strip()  # what the template goes on with in the line
     (prompt,) = tokenise_prompts(model, [opening.rstrip(" ")])
-    lengths = [len(own) for own in tokenise_prompts(model, [e.input for e in demonstrations])]
-    longest = min(max(_LONGEST_INPUT, 2 * max(lengths)), model.cfg.n_ctx - len(prompt))
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     known = {same_input_key(shown.input) for shown in demonstrations}
     found: dict[str, str] = {}
     if not n:
         return ()
+    longest = _longest(model, demonstrations, template, len(prompt))
     prompts = freeze(model, [TokenisedExample(prompt, (), "", "")] * n)
     for _ in range(_ROUNDS):
         (samples,) = decode(prompts, [Edit()], max_new_tokens=longest, generator=generator)
@@ -86,3 +91,16 @@ def make_up_inputs(
             "give inputs of your own"
         )
     return tuple(found.values())[:n]
+
+
+def _longest(
+    model: Any, demonstrations: Sequence[Example], template: PromptTemplate, n_prompt: int
+) -> int:
+    """How many tokens an input may have: twice those of the longest shown, where there is room."""
+    if not demonstrations:
+        return _LONGEST_INPUT
+    inputs = tokenise_prompts(model, [shown.input for shown in demonstrations])
+    wholes = tokenise(model, demonstrations, template=template)
+    # An input comes to stand before the rest of its line and an answer.
+    room = int(model.cfg.n_ctx) - n_prompt - max(len(e.prompt) + len(e.answer) for e in wholes)
+    return max(_LONGEST_INPUT, min(2 * max(map(len, inputs)), room))

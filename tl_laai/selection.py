@@ -2,11 +2,11 @@
 
 What is tried is told in `tl_laai.rounds`, how it is compared in `tl_laai.crossvalidation`.
 
-Distillation (`tl_laai.distillation`) is taken unless the best fit on labels answers at least two
-held-out examples more than the teacher itself, asked the examples of each fold after the others (a
-teacher that is not fitted is asked each example after all others). One more is no reason: the
-distilled fit learns the labels too. Distilled fits on folds would say less: their teachers read few
-examples, and they are tried on few inputs.
+Distillation (`tl_laai.distillation`) is taken unless the best fit on labels answers clearly more
+held-out examples than the teacher itself (of ten, two more), asked the examples of each fold after
+the others (a teacher that is not fitted is asked each example after all others). One more is no
+reason: the distilled fit learns the labels too. Distilled fits on folds would say less: their
+teachers read few examples, and they are tried on few inputs.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def fit_auto(
             them scored along one run; None for `RELAX_STEPS`, and `DISTILLED_STEPS` where
             distilling; empty for the penalised fits themselves.
         objectives: `answers`, `distill`, or both: distilled unless the best fit on labels answers
-            two examples more right, held out, than the teacher.
+            clearly more examples right, held out, than the teacher (`keeps_up`).
         distillation: of `distill`; its `label_share` is chosen too, by folds, unless it is above
             0. About a quarter of the inputs is held out while layer and steps are chosen, among
             layers that labels rank first where there are more than three.
@@ -164,7 +164,8 @@ def fit_auto(
         max_memory: GiB that one chunk of rows may take above the model.
         provenance: kept with the intervention.
         progress: called with `(what, work done, work in all)`; work is counted in
-            loss-and-gradient evaluations of one example, at most `in all` of them.
+            loss-and-gradient evaluations of one example, or what takes as long, at most
+            `in all` of them.
 
     Returns:
         The refitted choice and the whole validation table.
@@ -269,9 +270,13 @@ def _finite(best: Candidate | None, learning_rate: float) -> Candidate:
 
 
 def keeps_up(teacher: Evaluation, labelled: Evaluation) -> bool:
-    """Whether a teacher answered at most one held-out example less right than fits on labels."""
+    """Whether a teacher answered hardly fewer held-out examples right than fits on labels did.
+
+    Hardly fewer is one of ten, two of forty, three of ninety: as chance grows. That it is one of
+    ten was set on rule tasks.
+    """
     n_right, n_labelled = (sum(row.correct for row in own.rows) for own in (teacher, labelled))
-    return n_right + 1 >= n_labelled
+    return n_labelled - n_right <= max(1, math.isqrt(teacher.n // 10))
 
 
 def _work(tried: Rounds, search: CrossValidation, parts: Sequence[Sequence[int]]) -> int:
@@ -279,9 +284,8 @@ def _work(tried: Rounds, search: CrossValidation, parts: Sequence[Sequence[int]]
     taught, labelled = tried.taught(tried.layers), tried.labelled(tried.layers)
     steps = (*tried.steps, *(tried.taught_steps if taught else ()))
     on_folds, at_once = (search.parts(search.folds, taught=False), search.parts([()], taught=True))
-    work = search.cost(
-        tried.screening(), search.parts(parts, taught=False), tried.brief, SCREENING_EVALUATIONS
-    )
+    brief = min(search.max_evaluations, SCREENING_EVALUATIONS)
+    work = search.cost(tried.screening(), search.parts(parts, taught=False), tried.brief, brief)
     work += search.cost(labelled, on_folds, tried.steps)
     if taught:
         mixed, few = tried.mixed(taught[0]), search.folds[:MIXED_FOLDS]
@@ -290,7 +294,7 @@ def _work(tried: Rounds, search: CrossValidation, parts: Sequence[Sequence[int]]
         work += search.cost(taught, at_once, tried.taught_steps)
         work += search.cost(mixed, search.parts(few, taught=True), tried.taught_steps[-1:])
     if tried.max_heads is not None:
-        sparse = tried.sparse((taught or labelled)[0])
+        sparse = max((tried.sparse(trial) for trial in taught or labelled), key=len)
         again = max((on_folds if labelled else [], at_once if taught else []), key=sum)
         work += search.cost(sparse, [search.largest(taught=bool(taught))], ())
         work += max(search.cost([trial], again, steps) for trial in sparse)
