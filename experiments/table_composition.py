@@ -11,6 +11,7 @@ the best of a grid on ten more composed examples (`tuned sum`); the plain sum ha
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,22 +20,23 @@ from common import FIGURES, ROOT, parser, tasks
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
+    MODEL,
     MORE,
     Row,
     answer_row,
     by_method,
+    fitted_teacher,
     layers_of,
     markdown,
     percent,
     resume,
     search,
     seeds_of,
-    source,
+    unit,
 )
 
 from tl_laai.rows import read_rows
 
-MODEL = "gemma-3-270m"
 SEEDS = (0, 1, 2, 3, 4)
 N_TRAIN, N_VALIDATION, N_TEST = 10, 10, 100
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
@@ -67,15 +69,15 @@ def composed(name: str) -> Any:
     return replace(first, name=name, examples=examples)
 
 
-def compute_one(model: Any, name: str, seed: int) -> list[Row]:
+def fits(name: str, model: Any, data: Any, seed: int) -> list[Row]:
+    """Prompting, sums of the parts' fits, and a fit of the composed task."""
     from tl_laai import FitProblem, evaluate, fit_auto, fit_many
     from tl_laai.edits import Edit
     from tl_laai.evaluation import answer_scores, as_edit, evaluate_edits
 
-    split = composed(name).split(train=N_TRAIN, validation=N_VALIDATION, test=N_TEST, seed=seed)
     parts = [task.split(train=N_TRAIN, test=N_TEST, seed=seed) for task in tasks(PARTS[name])]
     joint = fit_auto(
-        model, split.train, layers=layers_of(model), alphas=(ALPHA, 0.0), **search(seed)
+        model, data.train, layers=layers_of(model), alphas=(ALPHA, 0.0), **search(seed)
     )
     fitted = fit_many(
         model,
@@ -89,13 +91,13 @@ def compute_one(model: Any, name: str, seed: int) -> list[Row]:
         for a, b in itertools.product(STRENGTHS, STRENGTHS)
         if a or b
     }
-    _, probabilities = answer_scores(model, split.validation, list(grid.values()))
+    _, probabilities = answer_scores(model, data.validation, list(grid.values()))
     best = list(grid)[int(probabilities.mean(dim=1).argmax())]
     edits = {f"{a:g} + {b:g}": edit for (a, b), edit in grid.items()}
     edits |= {"zero-shot": Edit(), "fitted jointly": as_edit(model, joint.fit.intervention)}
-    scores = evaluate_edits(model, split.test, edits)
+    scores = evaluate_edits(model, data.test, edits)
     rows = [
-        answer_row("few-shot", evaluate(model, split.test, demonstrations=split.train)),
+        answer_row("few-shot", evaluate(model, data.test, demonstrations=data.train)),
         answer_row("zero-shot", scores["zero-shot"]),
         answer_row("first part alone", scores["1 + 0"]),
         answer_row("second part alone", scores["0 + 1"]),
@@ -115,16 +117,30 @@ def compute_one(model: Any, name: str, seed: int) -> list[Row]:
     return rows
 
 
-def compute(names: list[str], seeds: list[int]) -> None:
+def distilled(name: str, model: Any, data: Any, seed: int) -> list[Row]:
+    """A fit of the composed task, distilled; what its parts are does not matter."""
+    return fitted_teacher(model, data, seed)
+
+
+GROUPS: dict[str, Callable[[str, Any, Any, int], list[Row]]] = {
+    "fits": fits,
+    "fitted teacher": distilled,
+}
+
+
+def compute(groups: list[str], names: list[str], seeds: list[int]) -> None:
     from tl_laai import load_model
 
     model = load_model(MODEL, device="cpu")
     jobs = []
     for seed in seeds:
         for name in names:
-            shared = {"model": MODEL, "task": name, "seed": seed, **source(composed(name))}
-            jobs.append((shared, partial(compute_one, model, name, seed)))
-    resume(NAME, ("model", "task", "seed", "digest"), jobs)
+            task = composed(name)
+            data = task.split(train=N_TRAIN, validation=N_VALIDATION, test=N_TEST, seed=seed)
+            for group in groups:
+                shared = unit(task, seed, group, "cpu")
+                jobs.append((shared, partial(GROUPS[group], name, model, data, seed)))
+    resume(NAME, ("model", "task", "seed", "group", "digest"), jobs)
 
 
 def show(rows: list[Row]) -> None:
@@ -151,11 +167,12 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     options.add_argument("--tasks", nargs="+", choices=list(PARTS), default=list(PARTS))
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments = options.parse_args()
     if not arguments.from_rows:
-        compute(arguments.tasks, arguments.seeds)
+        compute(arguments.groups, arguments.tasks, arguments.seeds)
     show(read_rows(FIGURES / f"{NAME}.jsonl"))
 
 

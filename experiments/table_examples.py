@@ -17,15 +17,15 @@ from tables import (
     ALPHA,
     MODEL,
     TAUGHT,
-    TEACHER_STEPS,
     Row,
     answer_row,
     by_method,
     computed_elsewhere,
     described,
     difference,
-    distilling,
+    distilled_row,
     finetuning,
+    fitted_teacher,
     layers_of,
     markdown,
     percent,
@@ -62,21 +62,7 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
 
 def distilled(model: Any, data: Any, seed: int) -> list[Row]:
     """Fits on what the few-shot prompt answers."""
-    return _distilled("distilled", model, data, seed)
-
-
-def fitted_teacher(model: Any, data: Any, seed: int) -> list[Row]:
-    """Fits on what a few-shot prompt answers with a Delta of its own."""
-    return _distilled(TAUGHT, model, data, seed, TEACHER_STEPS)
-
-
-def _distilled(method: str, model: Any, data: Any, seed: int, teacher_steps: int = 0) -> list[Row]:
-    from tl_laai import evaluate, fit_auto
-
-    options = distilling(seed, teacher_steps)
-    chosen = fit_auto(model, data.train, layers=layers_of(model), **options)
-    score = evaluate(model, data.test, intervention=chosen.fit.intervention)
-    return [answer_row(method, score, described(chosen.candidate))]
+    return [distilled_row("distilled", model, data, seed, teacher_steps=0)]
 
 
 GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {

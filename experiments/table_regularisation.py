@@ -10,28 +10,32 @@ steps of the relaxed fit. Beside it stands the penalised fit itself, not relaxed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from common import FIGURES, RULES, parser, tasks
 from tables import (
+    HALF_ALPHAS,
+    MODEL,
     Row,
     answer_row,
     average,
     by_method,
     described,
+    fitted_teacher,
     layers_of,
     markdown,
     percent,
     resume,
     search,
     seeds_of,
-    source,
+    unit,
+    zeros,
 )
 
 from tl_laai.rows import read_rows
 
-MODEL = "gemma-3-270m"
 SEEDS = (0, 1, 2, 3, 4)
 N_TRAIN, N_TEST = 10, 100
 ALPHAS = (0.9, 0.5)
@@ -40,30 +44,29 @@ KINDS = {"group": 0.0, "both": 0.02, "L1": 1e3}
 NAME = "table_regularisation"
 
 
-def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
+def fits(model: Any, data: Any, seed: int) -> list[Row]:
+    """Fits on labels under each kind of penalty, relaxed and not."""
     from tl_laai import fit_auto
     from tl_laai.evaluation import as_edit, evaluate_edits
 
-    split = task.split(train=N_TRAIN, test=N_TEST, seed=seed)
-    free = fit_auto(model, split.train, layers=layers_of(model), alphas=[0.0], **search(seed))
+    free = fit_auto(model, data.train, layers=layers_of(model), alphas=[0.0], **search(seed))
     fits = {"none": (free.fit, described(free.candidate))}
     for kind, ratio in KINDS.items():
         for relaxed in (True, False):
             options = search(seed) | ({} if relaxed else {"relax_steps": ()})
             chosen = fit_auto(
-                model, split.train, layers=[free.layer], alphas=ALPHAS, l1_ratio=ratio, **options
+                model, data.train, layers=[free.layer], alphas=ALPHAS, l1_ratio=ratio, **options
             )
             name = f"{kind}, relaxed" if relaxed else kind
             fits[name] = (chosen.fit, described(chosen.candidate))
     edits = {name: as_edit(model, f.intervention) for name, (f, _) in fits.items()}
-    scores = evaluate_edits(model, split.test, edits)
+    scores = evaluate_edits(model, data.test, edits)
     return [
         answer_row(
             name,
             scores[name],
             setting,
-            n_heads=int((f.solution.delta.norm(dim=-1) > 0).sum()),
-            zeros=float((f.solution.delta == 0).double().mean()),
+            **zeros(f),
             train_loss=f.solution.loss,
             status=f.solution.status.value,
         )
@@ -71,16 +74,32 @@ def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
     ]
 
 
-def compute(names: list[str], seeds: list[int]) -> None:
+def half(model: Any, data: Any, seed: int) -> list[Row]:
+    """A distilled fit on at most half of the heads, which a group penalty chooses."""
+    n_heads = model.cfg.n_heads // 2
+    rows = fitted_teacher(model, data, seed, alphas=HALF_ALPHAS, max_heads=n_heads)
+    return [{**row, "method": f"{row['method']}, half"} for row in rows]
+
+
+GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
+    "fits": fits,
+    "fitted teacher": fitted_teacher,
+    "fitted teacher, half": half,
+}
+
+
+def compute(groups: list[str], names: list[str], seeds: list[int]) -> None:
     from tl_laai import load_model
 
     model = load_model(MODEL, device="cpu")
     jobs = []
     for seed in seeds:
         for task in tasks(names):
-            shared = {"model": MODEL, "task": task.name, "seed": seed, **source(task)}
-            jobs.append((shared, partial(compute_one, model, task, seed)))
-    resume(NAME, ("model", "task", "seed", "digest"), jobs)
+            data = task.split(train=N_TRAIN, test=N_TEST, seed=seed)
+            for group in groups:
+                shared = unit(task, seed, group, "cpu")
+                jobs.append((shared, partial(GROUPS[group], model, data, seed)))
+    resume(NAME, ("model", "task", "seed", "group", "digest"), jobs)
 
 
 def show(rows: list[Row]) -> None:
@@ -95,7 +114,7 @@ def show(rows: list[Row]) -> None:
                 *(percent(own[name]) if name in own else "-" for name in names),
                 percent(everything),
                 average([row["n_heads"] for row in everything]),
-                average([100 * row["zeros"] for row in everything]),
+                average([100 * row["zeros"] for row in everything if "zeros" in row]),
             ]
         )
     print(markdown(["exact match, %", *names, "mean", "heads", "zeros, %"], lines))
@@ -104,11 +123,12 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     options.add_argument("--tasks", nargs="+", default=list(RULES), metavar="TASK")
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments = options.parse_args()
     if not arguments.from_rows:
-        compute(arguments.tasks, arguments.seeds)
+        compute(arguments.groups, arguments.tasks, arguments.seeds)
     show(read_rows(FIGURES / f"{NAME}.jsonl"))
 
 

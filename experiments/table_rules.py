@@ -23,6 +23,7 @@ from rules_shown import N_TEST, N_TRAIN, show
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
+    HALF_ALPHAS,
     MODEL,
     N_FOLDS,
     TAUGHT,
@@ -36,12 +37,12 @@ from tables import (
     resume,
     search,
     unit,
+    zeros,
 )
 
 from tl_laai.rows import read_rows
 
 SEEDS = (0, 1, 2, 3, 4)
-HALF_ALPHAS = (0.9, 0.7, 0.6, 0.5)  # a smaller search than fit_auto's
 NAME = "table_rules"
 
 
@@ -195,7 +196,7 @@ def _made_up(provenance: Any, test: Any) -> int:
 def _of_fit(fitted: Any) -> Row:
     return {
         "status": fitted.solution.status.value,
-        "n_heads": int((fitted.solution.delta.norm(dim=-1) > 0).sum()),
+        "n_heads": zeros(fitted)["n_heads"],
         "layer": fitted.layer,
         "norm": float(fitted.solution.delta.norm()),
     }

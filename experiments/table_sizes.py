@@ -5,11 +5,13 @@
     python experiments/table_sizes.py --from-rows                # print the table only
 
 Layer (after a sixth, a third or half of the model), penalty (or none) and steps by
-cross-validation inside ten examples; zero-shot prompts; 100 held out.
+cross-validation inside ten examples, the layer of distilled fits by what their teacher says to
+held-out inputs; zero-shot prompts; 100 held out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from tables import (
     answer_row,
     by_method,
     described,
+    fitted_teacher,
     layers_of,
     markdown,
     percent,
@@ -27,6 +30,7 @@ from tables import (
     search,
     seeds_of,
     source,
+    zeros,
 )
 
 from tl_laai.rows import read_rows
@@ -38,25 +42,33 @@ N_TRAIN, N_TEST = 10, 100
 NAME = "table_sizes"
 
 
-def compute_one(model: Any, task: Any, seed: int) -> list[Row]:
+def fits(model: Any, data: Any, seed: int) -> list[Row]:
+    """Prompting, and fits on labels."""
     from tl_laai import evaluate, fit_auto
-    from tl_laai.recipes import compare, draw
+    from tl_laai.recipes import compare
 
-    data = draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
     chosen = fit_auto(
         model, data.train, layers=layers_of(model), alphas=(ALPHA, 0.0), **search(seed)
     )
     scores = compare(model, chosen.fit.intervention, data, few_shot=False)
     scores["few_shot"] = evaluate(model, data.test, demonstrations=data.train)
-    n_heads = int((chosen.fit.solution.delta.norm(dim=-1) > 0).sum())
     return [
         answer_row("zero-shot", scores["zero_shot"]),
         answer_row("few-shot", scores["few_shot"]),
-        answer_row("fitted", scores["intervened"], described(chosen.candidate), n_heads=n_heads),
+        answer_row(
+            "fitted", scores["intervened"], described(chosen.candidate), **zeros(chosen.fit)
+        ),
     ]
 
 
+GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
+    "fits": fits,
+    "fitted teacher": fitted_teacher,
+}
+
+
 def compute(
+    groups: list[str],
     models: list[str],
     names: list[str],
     seeds: list[int],
@@ -67,16 +79,19 @@ def compute(
     import torch
 
     from tl_laai import load_model
+    from tl_laai.recipes import draw
 
     for name in models:
         model = load_model(name, dtype=getattr(torch, dtype), device=device, device_map=device_map)
         jobs = []
         for seed in seeds:
             for task in tasks(names):
-                shared = {"model": name, "dtype": dtype, "task": task.name, "seed": seed}
-                job = partial(compute_one, model, task, seed)
-                jobs.append((shared | source(task), job))
-        resume(NAME, ("model", "dtype", "task", "seed", "digest"), jobs)
+                data = draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
+                for group in groups:
+                    shared = {"model": name, "dtype": dtype, "task": task.name, "seed": seed}
+                    shared |= {"group": group, **source(task)}
+                    jobs.append((shared, partial(GROUPS[group], model, data, seed)))
+        resume(NAME, ("model", "dtype", "task", "seed", "group", "digest"), jobs)
 
 
 def show(rows: list[Row]) -> None:
@@ -94,6 +109,7 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     options.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     options.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK")
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -102,7 +118,7 @@ def main() -> None:
     options.add_argument("--device-map", help="auto, for a model that needs several devices")
     a = options.parse_args()
     if not a.from_rows:
-        compute(a.models, a.tasks, a.seeds, a.dtype, a.device, a.device_map)
+        compute(a.groups, a.models, a.tasks, a.seeds, a.dtype, a.device, a.device_map)
     show(read_rows(FIGURES / f"{NAME}.jsonl"))
 
 

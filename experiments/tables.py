@@ -22,6 +22,7 @@ MORE = "\n---\n"
 # A smaller search than fit_auto's default, the same number of folds as the baselines get. Layers,
 # penalty and steps are those that did well on rule tasks with seed 100.
 STEPS, N_FOLDS, ALPHA, CHOOSING_EVALUATIONS = (15, 30, 60), 2, 0.9, 15
+HALF_ALPHAS = (0.9, 0.7, 0.6, 0.5)
 TAUGHT_STEPS, LABEL_SHARE, TEACHER_STEPS = 45, 0.5, 5
 
 TAUGHT = "distilled, fitted teacher"  # as `fit_auto` distils by default
@@ -92,6 +93,30 @@ def described(chosen: Any) -> str:
     steps = f", {chosen.relax_steps} steps" if chosen.relax_steps else ""
     share = f" and {chosen.label_share:g} labels" if chosen.label_share else ""
     return f"{chosen.objective}{share}, layer {chosen.layer}, {chosen.alpha:g} lambda_max{steps}"
+
+
+def fitted_teacher(model: Any, data: Any, seed: int, **settings: Any) -> list[Row]:
+    """A fit on what the few-shot prompt answers with a Delta of its own; layer chosen by that."""
+    return [distilled_row(TAUGHT, model, data, seed, TEACHER_STEPS, **settings)]
+
+
+def distilled_row(
+    method: str, model: Any, data: Any, seed: int, teacher_steps: int, **settings: Any
+) -> Row:
+    """A distilled fit on `data.train`, asked `data.test`; `settings` of `fit_auto` go before."""
+    from tl_laai import evaluate, fit_auto
+
+    choice = {"layers": layers_of(model), **distilling(seed, teacher_steps), **settings}
+    chosen = fit_auto(model, data.train, **choice)
+    score = evaluate(model, data.test, intervention=chosen.fit.intervention)
+    return answer_row(method, score, described(chosen.candidate), **zeros(chosen.fit))
+
+
+def zeros(fitted: Any) -> Row:
+    """How many heads a Delta has, and the share of its entries that are zero."""
+    delta = fitted.solution.delta
+    n_heads = int((delta.norm(dim=-1) > 0).sum())
+    return {"n_heads": n_heads, "zeros": float((delta == 0).double().mean())}
 
 
 def finetuning(model: Any, data: Any, seed: int) -> list[Row]:
@@ -172,7 +197,22 @@ def seeds_of(rows: Sequence[Row]) -> str:
         if same
         else "Seeds: " + ", ".join(f"{task} {own}" for task, own in seeds.items())
     )
-    return f"\n{which}; in brackets 95 % bootstrap intervals over fits, then their examples."
+    whole = f"\n{which}; in brackets 95 % bootstrap intervals over fits, then their examples."
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault((row["method"], row["model"]), []).append(row)
+    for (method, model), own in kinds.items():
+        if _seeds_of_all_tasks(own) != _seeds_of_all_tasks(rows):
+            seeds_run = sorted(_seeds_of_all_tasks(own))
+            whole += f" Of {method} on {model}: seeds {seeds_run} of all tasks that it ran on."
+    return whole
+
+
+def _seeds_of_all_tasks(rows: Sequence[Row]) -> set[int]:
+    by_task: dict[str, set[int]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], set()).add(row["seed"])
+    return set.intersection(*by_task.values())
 
 
 def unit(task: Any, seed: int, group: str, device: str) -> Row:

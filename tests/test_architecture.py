@@ -86,6 +86,7 @@ LEVELS = {
     "opinion_recipes": 9,
     "paths": 9,
     "vectors": 9,
+    "work": 9,
     "baselines": 10,
     "crossvalidation": 10,
     "options": 10,

@@ -158,11 +158,29 @@ def test_foreign_tensors_are_refused_even_with_a_right_checksum(tmp_path: Path) 
         Intervention.from_pretrained(tmp_path / "x")
 
 
+def test_provenance_may_hold_half_a_character(tmp_path: Path) -> None:
+    """As names of files do that are no UTF-8: a fit is not lost for one."""
+    task = os.fsdecode(b"caf\xe9.json")
+    Intervention({1: torch.ones(4, 8)}, provenance={"task": task, "é": 1}).save_pretrained(tmp_path)
+    assert Intervention.from_pretrained(tmp_path).provenance["task"] == task
+    text = (tmp_path / artifacts.CONFIG_FILE).read_text(encoding="utf-8")
+    assert '"caf\\udce9.json"' in text
+    assert '"é"' in text
+
+
 def test_paths_that_cannot_hold_an_intervention_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file' is a file: give the path of a folder"):
+    with pytest.raises(ValueError, match="file is a file; give a folder"):
         Intervention({1: torch.ones(4, 8)}).save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "latest").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"latest is a link to .*gone, which is not there"):
+        artifacts.check_folder(tmp_path / "latest")
+    with pytest.raises(ValueError, match=r"latest is a link to .*gone, which is not there"):
+        Intervention({1: torch.ones(4, 8)}).save_pretrained(tmp_path / "latest")
+    (tmp_path / "gone").mkdir()
+    Intervention({1: torch.ones(4, 8)}).save_pretrained(tmp_path / "latest")
+    assert Intervention.from_pretrained(tmp_path / "gone").layers == (1,)
     for name in (str(tmp_path / "file"), str(tmp_path / "none"), "none", "none/", "./none", "../n"):
         with pytest.raises(ValueError, match="is neither a folder nor a Hub name"):
             Intervention.from_pretrained(name)

@@ -449,6 +449,7 @@ def test_the_demo_fits_compares_shows_and_saves(
         ({"tolerance": -1}, "--tolerance is -1.0; give a finite number above 0"),
         # Of the two faults the option is told: it is checked before a model is looked for.
         ({"learning-rate": "inf", "model": "no-such-model"}, "--learning-rate is inf"),
+        ({"learning-rate": 0.5}, "--learning-rate 0.5 is for --solver adam and --relax"),
         ({"template": "x" * 200 + "{input}"}, "more than the model's context of 128"),
     ],
 )

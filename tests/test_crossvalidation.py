@@ -1,4 +1,4 @@
-"""Scores on folds, against fits made one by one and full forwards; the work that is told."""
+"""Scores on folds, against fits made one by one and full forwards; the work told."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from test_selection import EXAMPLES
 from test_surveys import QUESTIONS, TEMPLATE
 
-from tl_laai import crossvalidation
 from tl_laai.batches import FitProblem
 from tl_laai.candidates import Candidate, Trial
 from tl_laai.crossvalidation import CrossValidation
@@ -192,38 +191,19 @@ def test_the_setting_is_kept_that_leaves_the_most_heads_allowed(
     assert kept == Trial(layer, alphas[allowed.index(max(allowed))])
 
 
-def test_the_work_told_is_the_cost_foretold(model: Any) -> None:
+def test_the_work_told_is_the_work_foretold(model: Any) -> None:
     told: list[tuple[str, int, int]] = []
     search = search_on(model, told)
     grid = [Trial(1, 0.8), Trial(3, 0.0)]
-    parts = [len(EXAMPLES) - len(out) for out in FOLDS[:2]]
-    assert search.parts(FOLDS[:2], taught=False) == parts
-    assert search.parts(FOLDS[:2], taught=True) == [n + 3 for n in parts]
-    assert search.largest(taught=False) == len(EXAMPLES)
-    assert search.largest(taught=True) == len(EXAMPLES) + len(TAUGHT.inputs or ())
-    # Of relaxed fits only those with a penalty are solved first.
-    assert search.cost(grid, parts, ()) == sum(parts) * 2 * EVALUATIONS
-    assert search.cost(grid, parts, (3, 5)) == sum(parts) * (EVALUATIONS + 2 * 6)
-    assert search.cost(grid, parts, (), 4) == sum(parts) * 2 * 4
-    foretold = search.cost(grid, parts, (3, 5))
-    search.work = 2 * foretold
+    foretold = search.work.of_fits(grid, search.work.parts(FOLDS[:2], taught=False), (3, 5))
+    search.work.whole = 2 * foretold
     search.score("final", grid, FOLDS[:2], (3, 5))
     assert {name for name, _, _ in told} == {"final"}
     done = [state[1] for state in told]
     assert done == sorted(done)
     assert 0.5 * foretold < done[-1] <= foretold
-    search.tell("next", 0)
-    assert told[-1] == ("next", foretold, search.work)
-
-
-def test_teachers_and_made_up_inputs_are_work_too(model: Any) -> None:
-    search = search_on(model)
-    assert (search.teacher_cost, search.inputs_cost) == (0, 0)
-    search.distillation = Distillation(n_inputs=7, teacher_steps=2)
-    costs = 3 * crossvalidation.TEACHER_COST, 7 * crossvalidation.INPUTS_COST
-    assert (search.teacher_cost, search.inputs_cost) == costs
-    assert search.largest(taught=True) == len(EXAMPLES) + 7
-    assert search.parts([()], taught=True) == [len(EXAMPLES) + 3]  # no more while choosing
+    search.work.tell("next", 0)
+    assert told[-1] == ("next", foretold, search.work.whole)
 
 
 def test_fits_that_diverge_have_no_score(model: Any) -> None:

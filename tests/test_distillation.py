@@ -15,11 +15,17 @@ from tiny import tiny_model
 from tl_laai import distillation
 from tl_laai.decoding import longest_answer
 from tl_laai.distillation import Distillation, ask_teacher, prepare, teach
+from tl_laai.distributions import NothingTaughtError
 from tl_laai.edits import Edit
 from tl_laai.fitting import fit
-from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.problems import engine_for
-from tl_laai.prompts import PromptTemplate, TaughtExample, decoded_answer, tokenise
+from tl_laai.prompts import (
+    PromptTemplate,
+    TaughtExample,
+    TooLongError,
+    decoded_answer,
+    tokenise,
+)
 from tl_laai.splits import seeded_order
 from tl_laai.tasks import Example
 from tl_laai.teachers import fit_teacher
@@ -98,22 +104,23 @@ def test_the_teacher_is_asked_each_example_after_the_others(
     settings = Distillation(teacher_steps=steps, teacher_layer=0, seed=2)
     words = dataclasses.replace(TEMPLATE, answer_end="")
     newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-    ends = (model.tokenizer.eos_token_id, newline)
-    longest = longest_answer(tokenise(model, shown, template=words))
+    stops = (model.tokenizer.eos_token_id, newline)
     found = ask_teacher(model, shown, template=TEMPLATE, folds=folds, settings=settings)
     assert [(row.input, row.target) for row in found.rows] == [(e.input, e.output) for e in shown]
     for i, (example, row) in enumerate(zip(shown, found.rows, strict=True)):
         (hidden,) = (fold for fold in folds or [[i]] if i in fold)
         inputs = {shown[j].input.lower() for j in hidden}  # of one input, none is shown
         others = tuple(e for e in shown if e.input.lower() not in inputs)
+        longest = longest_answer(tokenise(model, [shown[j] for j in hidden], template=words))
         edit = fit_teacher(model, others, steps=steps, layer=0, template=TEMPLATE, seed=2)
         (tokens,) = tokenise(model, [example], template=words, demonstrations=others)
         logits = asked(model, example.input, tokens.answer, others, edit).log_softmax(dim=-1)
         each = logits[torch.arange(len(tokens.answer)), list(tokens.answer)]
         assert row.log_probability == pytest.approx(each.sum().item(), rel=1e-6)
         prompt = list(tokens.prompt)
-        greedy = oracle.greedy_continuation(model, prompt, longest, ends.__contains__, edit.deltas)
-        assert row.prediction == decoded_answer(model.tokenizer.decode(list(greedy)))
+        greedy = oracle.greedy_continuation(model, prompt, longest, stops.__contains__, edit.deltas)
+        ends = words.ends(demonstrated=True)
+        assert row.prediction == decoded_answer(model.tokenizer.decode(list(greedy)), ends)
     wholes = [math.exp(row.log_probability) for row in found.rows]
     assert found.probability == pytest.approx(sum(wholes) / 5)
 
@@ -199,3 +206,36 @@ def test_settings_out_of_range_are_refused(model: Any) -> None:
 def test_one_text_for_inputs_is_refused() -> None:
     with pytest.raises(TypeError, match=r"inputs is 'Kenya'; give several, or \('Kenya',\)"):
         Distillation(inputs="Kenya")  # type: ignore[arg-type]  # the wrong type is the point
+    with pytest.raises(TypeError, match=r"inputs holds Example\(.*; give texts, without labels"):
+        Distillation(inputs=(SHOWN[0],))  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match="inputs holds ' '; give texts"):
+        Distillation(inputs=("Kenya", " "))
+
+
+def test_inputs_without_room_for_an_answer_are_left_out(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = Distillation(teacher_steps=0)
+    long = "z" * model.cfg.n_ctx
+    taught = teach(model, (INPUTS[0], long, INPUTS[1]), SHOWN, own, template=TEMPLATE)
+    assert [e.tokens.input for e in taught] == list(INPUTS[:2])
+    assert "1 of 3 inputs leave no room for an answer" in caplog.text
+    assert f"first '{'z' * 60}" in caplog.text
+    with pytest.raises(TooLongError, match=r"1 of 1 inputs leave no room .* give shorter ones"):
+        teach(model, (long,), SHOWN, own, template=TEMPLATE)
+
+
+def test_a_long_label_leaves_the_others_room_to_be_taught(model: Any) -> None:
+    """The longest label and a margin do not fit behind the demonstrations; the label does."""
+
+    def behind(n_letters: int) -> tuple[tuple[Example, ...], int, int]:
+        shown = (*SHOWN, Example("long", "B" * n_letters))
+        few_shot = model.to_tokens(TEMPLATE.render(INPUTS[0], shown))[0]
+        longest = longest_answer(tokenise(model, shown, template=TEMPLATE))
+        return shown, model.cfg.n_ctx - len(few_shot), longest
+
+    found = map(behind, range(1, model.cfg.n_ctx))
+    shown, room, longest = next(it for it in found if it[1] < it[2])
+    assert longest - 4 <= room
+    (taught,) = teach(model, INPUTS[:1], shown, taught_after(0), template=TEMPLATE)
+    assert 0 < len(taught.tokens.answer) <= room

@@ -86,6 +86,27 @@ def test_a_lower_precision_of_the_same_weights_is_the_same_model(
     assert compatible(exact, rounded) is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "change"), [(torch.float32, 1e-3), (torch.float16, 5e-3), (torch.bfloat16, 2e-2)]
+)
+def test_a_model_tuned_a_little_further_is_another(dtype: torch.dtype, change: float) -> None:
+    tuned = tiny_bridge("llama", dtype=dtype)
+    plain = fingerprint(tuned)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight.mul_(1 + change * torch.randn(weight.shape, generator=draw).to(dtype))
+    assert "different weights" in str(compatible(plain, fingerprint(tuned)))
+
+
+@needs_hooked
+def test_centring_in_a_low_precision_does_not_make_another_model() -> None:
+    plain = fingerprint(tiny_hooked("gpt2"))
+    processed_model = tiny_hooked("gpt2", dtype=torch.bfloat16)
+    processed_model.process_weights_()
+    assert compatible(plain, fingerprint(processed_model)) is None
+
+
 def test_models_of_other_shapes_are_refused_with_the_size_that_differs(mark: Fingerprint) -> None:
     for size in ("n_layers", "n_heads", "d_head", "d_model"):
         other = replace(mark, **{size: 99})

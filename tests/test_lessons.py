@@ -10,8 +10,8 @@ from test_selection import EXAMPLES
 
 from tl_laai import lessons
 from tl_laai.distillation import Distillation, teach
+from tl_laai.distributions import NothingTaughtError
 from tl_laai.lessons import Lessons
-from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.prompts import DEFAULT_TEMPLATE
 from tl_laai.splits import seeded_order
 
@@ -70,3 +70,10 @@ def test_a_question_is_asked_once(model: Any, monkeypatch: pytest.MonkeyPatch) -
     assert asked[1:] == [(INPUTS[:3], 4)] * 2
     assert set(found) == {(k, share) for k in (0, 1) for share in (0.0, 0.5)}
     assert found[1, 0.5].examples[-4:] == EXAMPLES[3:]
+
+
+def test_a_fold_is_taught_no_input_whose_label_is_held_out(model: Any) -> None:
+    inputs = (*(e.input for e in EXAMPLES), EXAMPLES[0].input.upper(), *INPUTS)
+    found = lessons_on(model, inputs).of_folds([EXAMPLES[:4], EXAMPLES[3:]], [0.0])
+    for lesson in found.values():
+        assert lesson.inputs == INPUTS[:3]

@@ -9,7 +9,8 @@ import pytest
 from tiny import tiny_model
 
 from tl_laai import made_up_inputs
-from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
+from tl_laai.distributions import NothingTaughtError
+from tl_laai.made_up_inputs import make_up_inputs
 from tl_laai.prompts import PromptTemplate, tokenise, tokenise_prompts
 from tl_laai.tasks import Example
 
@@ -46,6 +47,22 @@ def test_made_up_inputs_end_where_all_of_the_template_goes_on(
     assert make_up_inputs(model, SHOWN, 4, template=template) == ("water",)
     with pytest.raises(ValueError, match=r"template has \{input\} 2 times"):
         make_up_inputs(model, SHOWN, 4, template=PromptTemplate("{input} or {input}"))
+
+
+def test_made_up_inputs_end_where_the_answer_begins_in_their_line(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ("dog -> chien", "cat -> chat")
+    answers = [tuple(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
+    monkeypatch.setattr(made_up_inputs, "decode", lambda *_, **__: (answers,))
+    template = PromptTemplate("{input}", answer_prefix=" -> ", separator="\n")
+    assert make_up_inputs(model, SHOWN, 2, template=template) == ("dog", "cat")
+
+
+def test_inputs_of_several_lines_are_not_made_up(model: Any) -> None:
+    shown = (*SHOWN, Example("one\ntwo", "x"))
+    with pytest.raises(NothingTaughtError, match=r"input 'one\\ntwo' has several lines"):
+        make_up_inputs(model, shown, 2, template=TEMPLATE)
 
 
 def test_inputs_may_have_twice_the_tokens_of_those_shown(

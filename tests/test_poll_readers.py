@@ -44,6 +44,12 @@ def test_json_lines_are_read_by_group(tmp_path: Path) -> None:
     assert OpinionTask.from_jsonl(write_lines(tmp_path / "one.jsonl", ROW)).group == "all"
 
 
+def test_rows_without_an_id_get_one_that_no_other_has(tmp_path: Path) -> None:
+    rows = [{**ROW, "id": "Q2"}, {**ROW, "question": "Sea?"}, {**ROW, "id": 0, "question": "Sun?"}]
+    task = OpinionTask.from_jsonl(write_lines(tmp_path / "poll.jsonl", *rows))
+    assert [q.id for q in task.questions] == ["Q2", "Q3", "0"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -54,6 +60,7 @@ def test_json_lines_are_read_by_group(tmp_path: Path) -> None:
         ({**ROW, "distribution": [0.5, 0.6]}, "must sum to 1"),
         ({**ROW, "distribution": [0.5, "x"]}, "numbers of 0 or more, got 'x'"),
         ({**ROW, "distribution": [0.5, None]}, "numbers of 0 or more, got None"),
+        ({**ROW, "distribution": [0.5, 10**400]}, "numbers of 0 or more, got 1000"),
         ({**ROW, "distribution": [1.0]}, "1 shares, but there are 2 options"),
         ({**ROW, "distribution": "0.5"}, "distribution must be a list"),
         ({**ROW, "options": "yes"}, "options must be a list"),
@@ -165,6 +172,14 @@ def test_a_bad_row_of_info_is_blamed(tmp_path: Path, column: int, value: str, me
         OpinionTask.from_opinionqa(folder, attribute="POLPARTY", group="Democrat")
 
 
+def test_a_wave_that_is_no_utf_8_is_blamed(tmp_path: Path) -> None:
+    folder = write_wave(tmp_path)
+    with (folder / "info.csv").open("ab") as file:
+        file.write("café".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"info\.csv: not UTF-8 text behind line .* as UTF-8"):
+        OpinionTask.from_opinionqa(folder, attribute="POLPARTY", group="Democrat")
+
+
 def test_a_bad_weight_is_blamed(tmp_path: Path) -> None:
     folder = write_wave(tmp_path, answers=(*ANSWERS, ("6", "No", "", "Democrat", "", "9")))
     with pytest.raises(ValueError, match=r"responses\.csv, line 7: WEIGHT_W9 must hold numbers"):
@@ -204,6 +219,22 @@ def test_global_opinions_are_read_by_country() -> None:
     [question] = without.questions  # of the other question only refusals are left
     assert question.options == ("yes", "no, don't")
     assert question.distribution == pytest.approx((4 / 9, 5 / 9))
+
+
+def test_countries_that_were_not_asked_may_be_none_or_nan() -> None:
+    questions = [
+        {"question": "A?", "selections": {"Kenya": [0.4, 0.6]}, "options": ["a", "b"]},
+        {"question": "B?", "selections": {"Peru": [0.4, 0.6]}, "options": ["a", "b"]},
+    ]
+    table = datasets.Dataset.from_list(questions)
+    assert table[1]["selections"] == {"Kenya": None, "Peru": [0.4, 0.6]}  # Arrow fills the gaps
+    (asked,) = OpinionTask.from_global_opinions(table, group="Kenya").questions
+    assert asked.question == "A?"
+    rows = global_rows(selections="{'Kenya': [0.25, 0.5, 0.25], 'Peru': [nan, nan, nan]}")
+    task = OpinionTask.from_global_opinions(rows, group="Kenya")
+    assert task.questions[0].distribution == (0.25, 0.5, 0.25)
+    with pytest.raises(ValueError, match="row 0: selections must hold numbers of 0 or more"):
+        OpinionTask.from_global_opinions(rows, group="Peru")
 
 
 @pytest.mark.parametrize(

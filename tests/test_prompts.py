@@ -345,6 +345,27 @@ def test_a_decoded_answer_ends_at_the_first_newline(text: str, answer: str) -> N
     assert decoded_answer(text) == answer
 
 
+@pytest.mark.parametrize(
+    ("template", "demonstrated", "text", "answer"),
+    [
+        (PromptTemplate(answer_end="."), False, " Lima. And", "Lima"),
+        (PromptTemplate(answer_end=" <end>\n"), False, " Lima<end>", "Lima"),
+        (PromptTemplate(separator="; "), True, " Lima; Q: Mali", "Lima"),
+        (PromptTemplate(separator="; "), False, " Lima; Peru", "Lima; Peru"),
+        (PromptTemplate(), True, " Lima. And\n\nQ", "Lima. And"),
+    ],
+)
+def test_an_answer_ends_as_the_template_says(
+    template: PromptTemplate, demonstrated: bool, text: str, answer: str
+) -> None:
+    assert decoded_answer(text, template.ends(demonstrated=demonstrated)) == answer
+
+
+def test_an_answer_that_would_begin_with_a_newline_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"answer_prefix must be one line.* got '\\n'; end text"):
+        PromptTemplate("{input}", answer_prefix="\n")
+
+
 def test_a_tokenised_example_cannot_be_changed() -> None:
     one = TokenisedExample((1,), (2,), "a", "b")
     with pytest.raises(AttributeError):

@@ -14,18 +14,20 @@ import numpy as np
 import oracle
 import pytest
 
-from tl_laai import crossvalidation, rounds, selection
+from tl_laai import rounds, selection
 from tl_laai.batches import NonFiniteError
 from tl_laai.candidates import Candidate
 from tl_laai.crossvalidation import CrossValidation, TooManyHeadsError
-from tl_laai.distillation import Distillation, ask_teacher
+from tl_laai.distillation import Distillation, ask_teacher, teach
+from tl_laai.distributions import NothingTaughtError
 from tl_laai.evaluation import AnswerRow, Evaluation
 from tl_laai.fitting import fit
-from tl_laai.made_up_inputs import NothingTaughtError
 from tl_laai.opinions import OptionExample
+from tl_laai.prompts import PromptTemplate
 from tl_laai.selection import Selection, fit_auto
 from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example
+from tl_laai.work import TEACHER_COST
 
 WORDS = ("ab", "cde", "f", "gh", "ij", "klm", "n")
 EXAMPLES = tuple(Example(word, word[0].upper() + "x" * (i % 2)) for i, word in enumerate(WORDS))
@@ -290,7 +292,7 @@ def test_distillation_is_taken_where_the_teacher_keeps_up_with_fits_on_labels(
     # layers, penalised and relaxed, learn of labels in three folds, and of six inputs too at once.
     n, one = len(EXAMPLES), 3 + 5
     costs = [
-        (3 + 1 + 2) * 3 * crossvalidation.TEACHER_COST,
+        (3 + 1 + 2) * 3 * TEACHER_COST,
         2 * one * 2 * n,
         2 * one * (n + 8),
         2 * one * sum(n - len(out) + 8 for out in cross_validation_folds(EXAMPLES, 3, 0)[:2]),
@@ -326,7 +328,7 @@ def test_a_share_of_labels_that_is_given_is_kept() -> None:
 
 
 N, WITH_INPUTS = len(EXAMPLES), len(EXAMPLES) + 3
-TEACHER = crossvalidation.TEACHER_COST * (Distillation().teacher_steps + 1)
+TEACHER = TEACHER_COST * (Distillation().teacher_steps + 1)
 
 
 @pytest.mark.parametrize(
@@ -449,6 +451,20 @@ def test_labels_are_the_choice_where_the_teacher_has_no_room(
     assert "distillation is left out of the choice" in caplog.text
 
 
+@pytest.mark.parametrize("inputs", ["xxxxxx", "xxxyyy"])
+def test_labels_are_the_choice_where_a_folds_teacher_has_no_examples(
+    model: Any, caplog: pytest.LogCaptureFixture, inputs: str
+) -> None:
+    """Held out one without the other as asked, the examples of an input are not shown either."""
+    few = [Example(text, "Y" * (1 + i % 2)) for i, text in enumerate(inputs)]
+    chosen = fit_auto(
+        model, few, groups=range(6), layers=[1], n_folds=2, relax_steps=(2,), max_evaluations=4,
+        objectives=["answers", "distill"], distillation=Distillation(inputs=("m", "no", "pq")),
+    )  # fmt: skip
+    assert chosen.objective == "answers"
+    assert "distillation is left out of the choice: examples" in caplog.text
+
+
 def test_examples_of_one_input_are_held_out_together(model: Any) -> None:
     options: Any = {
         "layers": [1], "alphas": [0.5], "n_folds": 4, "relax_steps": (2,), "max_evaluations": 3,
@@ -513,6 +529,14 @@ def test_objectives_that_cannot_be_are_refused() -> None:
         fit_auto(model, EXAMPLES, distillation=Distillation())
     with pytest.raises(TypeError, match="the teacher reads them"):
         fit_auto(model, question, objectives=["distill"])
+    with pytest.raises(TypeError, match="examples holds Example and OptionExample: "):
+        fit_auto(model, [*EXAMPLES, *question])
+    taught = teach(model, ("a", "b", "c", "d"), EXAMPLES)
+    with pytest.raises(TypeError, match=r"examples holds TaughtExample: .* at a layer of your own"):
+        fit_auto(model, taught)
+    twice = PromptTemplate("{input}={input}:")
+    with pytest.raises(ValueError, match=r"template has \{input\} 2 times"):
+        fit_auto(model, EXAMPLES, objectives=["answers", "distill"], template=twice)
 
 
 def test_numbers_of_numpy_choose_as_pythons_do(model: Any) -> None:

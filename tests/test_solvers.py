@@ -225,6 +225,26 @@ def test_whole_heads_are_exactly_zero_near_lambda_max() -> None:
         assert 1 <= int(living.sum()) < HEADS
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.9, 0.99])
+def test_small_gradients_do_not_pass_for_a_solution_at_zero(fraction: float) -> None:
+    """As where a layer writes little: the same networks, moved a ten-thousandth as far."""
+    value_and_grad, start = networks(3)
+
+    def weak(deltas: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
+        losses, gradients = value_and_grad(1e-4 * deltas, problems)
+        return losses, 1e-4 * gradients
+
+    _, gradient = gradient_at(weak, start)
+    largest = SparseGroupLasso(0.0, 1.0).lambda_max(gradient)
+    assert float(largest.max()) < 1e-3  # so that zero is stationary to the tolerance
+    found = proximal_gradient(weak, start, SparseGroupLasso(0.0, fraction * largest))
+    for solution in found:
+        assert solution.status is Status.CONVERGED
+        assert solution.objective < solution.history[0].objective
+        living = solution.delta.ne(0).any(dim=-1)
+        assert 1 <= int(living.sum()) <= (HEADS if fraction == 0 else 2)
+
+
 @pytest.mark.parametrize("solver", [proximal_gradient, adam])
 def test_a_batch_is_its_problems_one_by_one(solver: Callable[..., tuple[Solution, ...]]) -> None:
     value_and_grad, start = networks(4, dtype=torch.float64)

@@ -109,6 +109,13 @@ def test_an_example_with_an_empty_side_is_refused(field: str, blank: str) -> Non
         Example(**fields)
 
 
+@pytest.mark.parametrize("field", ["input", "output"])
+def test_half_a_character_is_refused(field: str) -> None:
+    texts = {"input": "a", "output": "b", field: "ok \ud83d there"}
+    with pytest.raises(ValueError, match=rf"{field} holds half a character, '\\ud83d' in 'ok "):
+        Example(**texts)
+
+
 def test_an_example_that_is_not_text_is_refused() -> None:
     with pytest.raises(TypeError, match="output must be text, got 5"):
         Example("five", 5)  # type: ignore[arg-type]  # the wrong type is the point

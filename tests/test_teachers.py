@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tl_laai import teachers
+from tl_laai.distributions import NothingTaughtError
 from tl_laai.edits import Edit
 from tl_laai.engine import Engine
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
@@ -68,8 +69,10 @@ def test_no_steps_leave_a_teacher_as_it_is(model: Any) -> None:
 
 def test_a_teacher_needs_two_different_inputs(model: Any) -> None:
     same = [EXAMPLES[0], EXAMPLES[3]]
-    with pytest.raises(ValueError, match=r"the input 'ab' alone.*teacher_steps=0"):
+    with pytest.raises(NothingTaughtError, match=r"the input 'ab' alone.*teacher_steps=0"):
         fit_teacher(model, same, steps=1, template=DEFAULT_TEMPLATE, seed=1)
+    with pytest.raises(NothingTaughtError, match=r"examples is empty.*teacher_steps=0"):
+        fit_teacher(model, (), steps=1)
 
 
 @pytest.mark.parametrize("layer", [-1, 9])
@@ -84,5 +87,5 @@ def test_a_loss_that_is_not_finite_is_said(model: Any, monkeypatch: pytest.Monke
         return deltas.sum(dim=(1, 2)) * torch.nan, deltas
 
     monkeypatch.setattr(Engine, "value_and_grad", lost)
-    with pytest.raises(ValueError, match=r"teacher_steps is 1, .* not finite.*teacher_steps=0"):
+    with pytest.raises(NothingTaughtError, match=r"steps is 1, .* not finite.*teacher_steps=0"):
         fit_teacher(model, EXAMPLES, steps=1, template=TEMPLATE)

@@ -67,13 +67,12 @@ def save_artifact(
         The folder.
 
     Raises:
-        ValueError: the path is a file.
+        ValueError: the path is a file, or a link to nothing.
     """
     if not str(folder):
         raise ValueError("folder is empty: give the path of a folder, or '.' for this one.")
     folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r} is a file: give the path of a folder.")
+    _check_place(folder)
     contents = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     described = {
         "format": FORMAT,
@@ -87,7 +86,8 @@ def save_artifact(
     # Inside a folder that is there, since it may be a disk of its own, into which nothing is moved.
     with _staging_folder(folder if folder.exists() else folder.parent) as staging:
         (staging / TENSORS_FILE).write_bytes(contents)
-        (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
+        # Half a character, as undecodable file names hold, is written as JSON's own escape.
+        (staging / CONFIG_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
         if folder.exists():
             # Not one step: a crash between the two is found by the checksum when reading.
             for name in (TENSORS_FILE, CONFIG_FILE):
@@ -101,12 +101,11 @@ def check_folder(folder: str | Path) -> None:
     """Find out, before the work and not after it, whether an intervention may be saved there.
 
     Raises:
-        ValueError: the path is a file, the folder holds something else than an intervention, or
-            no folder can be made there.
+        ValueError: the path is a file or a link to nothing, the folder holds something else than
+            an intervention, or no folder can be made there.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder")
+    _check_place(folder)
     # What a save that was killed has left behind is nobody's.
     held = [p for p in folder.glob("*") if not _STAGING.fullmatch(p.name)]
     if held and not (folder / CONFIG_FILE).is_file():
@@ -119,6 +118,17 @@ def check_folder(folder: str | Path) -> None:
         raise ValueError(
             f"{folder} cannot be written: {error}; give a folder that you can write to"
         ) from error
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse what is there and is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(
+            f"{folder} is a link to {folder.readlink()}, which is not there; make that folder, or "
+            "give another"
+        )
 
 
 @contextlib.contextmanager
@@ -206,7 +216,7 @@ def push_artifact(
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_artifact(Path(temporary) / "upload", artifact.tensors, artifact.config)
         card = model_card(repo_id, artifact.config, heads)
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         api = HfApi(token=token)
         address = str(api.create_repo(repo_id, private=private, exist_ok=True))
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)

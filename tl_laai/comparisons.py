@@ -28,7 +28,7 @@ def baselines(
     train: Annotated[int, typer.Option(min=4, help="Examples to tune on.")] = DEFAULT_TRAIN,
     test: Test = DEFAULT_TEST,
     seed: Seed = 0,
-    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation; laai fit has 5.")] = 2,
+    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation; laai fit has 4.")] = 2,
     backend: AnyBackend = "auto",
     out: Out = None,
     json: Json = False,

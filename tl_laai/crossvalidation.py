@@ -40,10 +40,7 @@ from tl_laai.prompts import PromptTemplate, TaughtExample
 from tl_laai.splits import cross_validation_folds
 from tl_laai.surveys import question_losses
 from tl_laai.tasks import Example
-
-# A step of a teacher's fit, and making up an input, take about as long as so many evaluations of
-# one example: measured on two cores, on ten examples of one word each.
-TEACHER_COST, INPUTS_COST = 100, 12
+from tl_laai.work import Work
 
 
 class TooManyHeadsError(ValueError):
@@ -67,7 +64,6 @@ class CrossValidation:
         progress: called with `(what, work done, work in all)`.
         distillation: settings of distilled fits.
         n_inputs: of how many of their inputs they learn, at most, until one is chosen.
-        work: loss-and-gradient evaluations of one example, or what takes as long, at most.
     """
 
     model: Any
@@ -82,9 +78,15 @@ class CrossValidation:
     progress: Callable[[str, int, int], None] | None
     distillation: Distillation
     n_inputs: int
-    work: int = 0
-    _done: int = 0
     _deltas: dict[Candidate, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def work(self) -> Work:
+        """What was done and is to be done."""
+        return Work(
+            len(self.examples), self.max_evaluations, self.distillation, self.n_inputs,
+            self.progress,
+        )  # fmt: skip
 
     @cached_property
     def _lessons(self) -> Lessons:
@@ -94,25 +96,8 @@ class CrossValidation:
     @cached_property
     def _held_out_answers(self) -> tuple[tuple[TaughtExample, ...], tuple[TaughtExample, ...]]:
         found = self._lessons.held_out_split()
-        self.tell("teacher", self.inputs_cost + self.teacher_cost)
+        self.work.tell("teacher", self.work.of_inputs + self.work.of_teacher)
         return found
-
-    @property
-    def teacher_cost(self) -> int:
-        """Work of fitting a teacher."""
-        steps = self.distillation.teacher_steps
-        return TEACHER_COST * (steps + 1) if steps else 0
-
-    @property
-    def inputs_cost(self) -> int:
-        """Work of making up inputs."""
-        return INPUTS_COST * self.distillation.n_inputs if self.distillation.inputs is None else 0
-
-    def tell(self, name: str, evaluations: int) -> None:
-        """Count work that was done, and tell of it."""
-        self._done += evaluations
-        if self.progress is not None:
-            self.progress(name, min(self._done, self.work), self.work)
 
     def score(
         self,
@@ -140,8 +125,7 @@ class CrossValidation:
         lessons = {}
         if shares:
             lessons = self._lessons.of_folds(labelled, shares)
-            self.tell("teacher", len(folds) * self.teacher_cost)
-        before = self._done
+            self.work.tell("teacher", len(folds) * self.work.of_teacher)
         problems = []
         for trial in grid:
             for k, part in enumerate(known):
@@ -149,9 +133,9 @@ class CrossValidation:
                 if trial.objective == "distill":
                     problem = taught_problem(problem, lessons[k, trial.label_share])
                 problems.append(problem)
-        found = self._fit(name, problems, relax_steps, limit)
-        parts = self.parts(folds, taught=bool(shares))
-        self._done = before + self.cost(grid, parts, relax_steps, limit)
+        parts = self.work.parts(folds, taught=bool(shares))
+        with self.work.reaching(self.work.of_fits(grid, parts, relax_steps, limit)):
+            found = self._fit(name, problems, relax_steps, limit)
         candidates = []
         for steps, deltas in found.items():
             own = deltas.unflatten(0, (len(grid), len(folds)))
@@ -175,9 +159,10 @@ class CrossValidation:
             NothingTaughtError: the teacher answered fewer than two inputs.
         """
         kept, held_out = self._held_out_answers
-        problems, before = [self._problem(trial, kept) for trial in grid], self._done
-        found = self._fit(name, problems, relax_steps, self.max_evaluations)
-        self._done = before + self.cost(grid, self.parts([()], taught=True), relax_steps)
+        problems = [self._problem(trial, kept) for trial in grid]
+        parts = self.work.parts([()], taught=True)
+        with self.work.reaching(self.work.of_fits(grid, parts, relax_steps)):
+            found = self._fit(name, problems, relax_steps, self.max_evaluations)
         candidates = []
         engine = self._engine(grid, [[example] for example in held_out])
         for steps, deltas in found.items():
@@ -197,10 +182,10 @@ class CrossValidation:
         Raises:
             TooManyHeadsError: all leave more heads, or none.
         """
-        problems, before = [self._problem(trial) for trial in grid], self._done
-        found = self._fit(name, problems, (), self.max_evaluations)[0]
+        problems = [self._problem(trial) for trial in grid]
         taught = any(trial.objective == "distill" for trial in grid)
-        self._done = before + self.cost(grid, [self.largest(taught=taught)], ())
+        with self.work.reaching(self.work.of_fits(grid, [self.work.largest(taught=taught)], ())):
+            found = self._fit(name, problems, (), self.max_evaluations)[0]
         left: list[int] = (found.norm(dim=-1) > 0).sum(dim=-1).tolist()
         most = max((n for n in left if n <= max_heads), default=0)
         if not most:
@@ -234,7 +219,7 @@ class CrossValidation:
         each = sum(len(problem.examples) for problem in problems) // len(problems)
 
         def callback(state: Any) -> None:
-            self.tell(name, state.n_active * each)
+            self.work.tell(name, state.n_active * each)
 
         if relax_steps:
             return batch.relaxed(
@@ -246,49 +231,6 @@ class CrossValidation:
             ).iterates
         solutions = batch.solve(max_evaluations=max_evaluations, callback=callback)
         return {0: torch.stack([solution.delta for solution in solutions])}
-
-    def parts(self, folds: Sequence[Sequence[int]], *, taught: bool) -> list[int]:
-        """How many examples a fit on all but each fold has, at most.
-
-        Args:
-            folds: indices of examples.
-            taught: whether it learns a few inputs too.
-        """
-        more = min(self.n_inputs, self._most_inputs) if taught else 0
-        return [len(self.examples) - len(out) + more for out in folds]
-
-    def largest(self, *, taught: bool) -> int:
-        """How many examples a fit on all has, at most.
-
-        Args:
-            taught: whether it learns all inputs too.
-        """
-        return len(self.examples) + (self._most_inputs if taught else 0)
-
-    @property
-    def _most_inputs(self) -> int:
-        own = self.distillation
-        return own.n_inputs if own.inputs is None else len(own.inputs)
-
-    def cost(
-        self,
-        grid: Sequence[Trial],
-        parts: Sequence[int],
-        relax_steps: Sequence[int],
-        max_evaluations: int | None = None,
-    ) -> int:
-        """Evaluations of one example that fits of a grid take at most.
-
-        Args:
-            grid: what is fitted, once a part.
-            parts: how many examples there are in each.
-            relax_steps: as in `score`.
-            max_evaluations: as in `score`.
-        """
-        limit = self.max_evaluations if max_evaluations is None else max_evaluations
-        penalised = len(grid) if not relax_steps else sum(trial.alpha > 0 for trial in grid)
-        steps = max(relax_steps) + 1 if relax_steps else 0
-        return sum(parts) * (penalised * limit + len(grid) * steps)
 
     def _held_out(
         self, grid: Sequence[Trial], deltas: Tensor, asked: Sequence[Sequence[FitExample]]
@@ -346,7 +288,7 @@ class CrossValidation:
             template=self.template,
             folds=self.folds if settings.teacher_steps else each,  # one fit a fold
             settings=settings,
-            after_fold=lambda: self.tell("teacher", self.teacher_cost),
+            after_fold=lambda: self.work.tell("teacher", self.work.of_teacher),
         )
 
     def _problem(self, trial: Trial, taught: Sequence[TaughtExample] = ()) -> FitProblem:
@@ -370,9 +312,9 @@ class CrossValidation:
             learning_rate=self.learning_rate,
             relax_steps=chosen.relax_steps,
             max_memory=self.max_memory,
-            callback=lambda _: self.tell("refit", len(problem.examples)),
+            callback=lambda _: self.work.tell("refit", len(problem.examples)),
         )
-        self.tell("refit", self.work)
+        self.work.tell("refit", self.work.whole)
         return fitted
 
 

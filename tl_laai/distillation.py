@@ -17,6 +17,7 @@ answers may have a share in it too (`Distillation.label_share`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -28,16 +29,17 @@ from torch import Tensor
 
 from tl_laai.backends import own_modes
 from tl_laai.decoding import answer_hidden, decode, longest_answer
-from tl_laai.distributions import Distributions, mean_distribution
+from tl_laai.distributions import Distributions, NothingTaughtError, mean_distribution
 from tl_laai.edits import Edit
 from tl_laai.evaluation import AnswerRow, Evaluation, evaluate_edits
-from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
+from tl_laai.made_up_inputs import make_up_inputs
 from tl_laai.prefix import freeze
 from tl_laai.prompts import (
     DEFAULT_TEMPLATE,
     PromptTemplate,
     TaughtExample,
     TokenisedExample,
+    TooLongError,
     end_tokens,
     tokenise,
     tokenise_prompts,
@@ -45,6 +47,8 @@ from tl_laai.prompts import (
 from tl_laai.splits import check_count, seeded_order
 from tl_laai.tasks import Example, same_input_key
 from tl_laai.teachers import fit_teacher, teacher_layer
+
+_LOG = logging.getLogger("tl_laai")
 
 _TOKENS_AT_ONCE = 512
 _ASKED_AT_ONCE = 64
@@ -76,6 +80,9 @@ class Distillation:
     def __post_init__(self) -> None:
         if isinstance(self.inputs, str):
             raise TypeError(f"inputs is {self.inputs!r}; give several, or ({self.inputs!r},)")
+        for text in self.inputs or ():
+            if not isinstance(text, str) or not text.strip():
+                raise TypeError(f"inputs holds {text!r:.80}; give texts, without labels")
         for name in ("n_inputs", "n_teachers", "seed", "teacher_steps"):
             check_count(name, getattr(self, name))
         if self.teacher_layer is not None:
@@ -138,8 +145,8 @@ def prepare(
         template: how inputs become prompts.
 
     Raises:
-        NothingTaughtError: the model made up no input, or the teacher answered none.
-        ValueError: the teacher cannot be fitted (`teachers.fit_teacher`).
+        NothingTaughtError: the model made up no input, or the teacher answered none or cannot be
+            fitted (`teachers.fit_teacher`).
     """
     settings = (settings or Distillation()).on(model)
     inputs = settings.inputs
@@ -227,15 +234,23 @@ def teach(
         template: how inputs become prompts.
 
     Returns:
-        One entry for each input that has an answer: bare prompt, answer, distributions.
+        One entry for each input that has an answer: bare prompt, answer, distributions. Inputs
+        behind which the longest demonstrated answer has no room are left out, with a warning.
+
+    Raises:
+        NothingTaughtError: the teacher cannot be fitted (`teachers.fit_teacher`).
+        TooLongError: no input leaves room.
     """
     settings = settings or Distillation()
     orders = [tuple(demonstrations)]
     more = range(settings.n_teachers - 1)
     orders += [seeded_order(demonstrations, settings.seed + i) for i in more]
     edit = _teacher(model, demonstrations, settings, template)
-    longest = longest_answer(tokenise(model, demonstrations, template=template))
+    shown = tokenise(model, demonstrations, template=template)
+    inputs = _with_room(model, inputs, orders, template, longest_answer(shown, margin=0))
     asked = [_asked(model, inputs, order, template) for order in orders]
+    longest = longest_answer(shown)
+    longest = min(longest, model.cfg.n_ctx - max(len(e.prompt) for own in asked for e in own))
     first = freeze(model, asked[0], share_prefix=True)
     (answers,) = decode(first, [edit], max_new_tokens=longest)
     read = model.tokenizer.decode
@@ -295,22 +310,18 @@ def ask_teacher(
         One row an example.
 
     Raises:
-        ValueError: the teacher cannot be fitted (`teachers.fit_teacher`).
+        NothingTaughtError: the teacher cannot be fitted (`teachers.fit_teacher`).
     """
     folds = [[i] for i in range(len(examples))] if folds is None else folds
     settings = settings or Distillation()
     words = replace(template, answer_end="")
-    longest = longest_answer(tokenise(model, examples, template=words))
     rows: dict[int, AnswerRow] = {}
     for fold in folds:
         asked = [examples[i] for i in fold]
         inputs = {same_input_key(e.input) for e in asked}
         shown = [e for e in examples if same_input_key(e.input) not in inputs]
         edit = _teacher(model, shown, settings, template)
-        found = evaluate_edits(
-            model, asked, {"it": edit},
-            demonstrations=shown, template=words, max_new_tokens=longest,
-        )  # fmt: skip
+        found = evaluate_edits(model, asked, {"it": edit}, demonstrations=shown, template=words)
         rows |= zip(fold, found["it"].rows, strict=True)
         if after_fold is not None:
             after_fold()
@@ -324,6 +335,36 @@ def _teacher(
         model, examples, steps=settings.teacher_steps, layer=settings.teacher_layer,
         template=template, seed=settings.seed,
     )  # fmt: skip
+
+
+def _with_room(
+    model: Any,
+    inputs: Sequence[str],
+    orders: Sequence[Sequence[Example]],
+    template: PromptTemplate,
+    n_answer: int,
+) -> list[str]:
+    """The inputs behind which, after the demonstrations in any order, so many tokens fit."""
+    kept: list[str] = []
+    left_out: list[str] = []
+    for text in inputs:
+        try:
+            prompts = tokenise_prompts(model, [template.render(text, order) for order in orders])
+        except TooLongError:
+            prompts = ()
+        room = model.cfg.n_ctx - n_answer
+        fits = bool(prompts) and max(map(len, prompts)) <= room
+        (kept if fits else left_out).append(text)
+    if left_out:
+        told = (
+            f"{len(left_out)} of {len(inputs)} inputs leave no room for an answer of {n_answer} "
+            f"tokens behind {len(orders[0])} demonstrations in the model's context of "
+            f"{model.cfg.n_ctx}, first {left_out[0]!r:.80}"
+        )
+        if not kept:
+            raise TooLongError(f"{told}; give shorter ones, or fewer examples")
+        _LOG.warning("%s; they are left out", told)
+    return kept
 
 
 def _asked(

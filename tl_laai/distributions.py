@@ -17,6 +17,10 @@ from tl_laai.vocabulary import Unembedding, at_once, log_sum_exp_minus, slices
 _TABLES = 4  # of logits, alive at once while distributions are averaged
 
 
+class NothingTaughtError(ValueError):
+    """There is no teacher, or nothing that it could teach."""
+
+
 @dataclass(frozen=True)
 class Distributions:
     """Next-token distributions, averaged over teachers, in the form that a loss needs.

@@ -161,8 +161,9 @@ def evaluate_edits(
     length = longest_answer(tokenised, n_ctx) if max_new_tokens is None else max_new_tokens
     answers = decode(prompts, every, max_new_tokens=length)
     scores = answer_log_probabilities(prompts, every).tolist()
+    ends = template.ends(demonstrated=bool(demonstrations))
     return {
-        name: Evaluation(tuple(answer_rows(model, examples, answers[i], scores[i])))
+        name: Evaluation(tuple(answer_rows(model, examples, answers[i], scores[i], ends)))
         for i, name in enumerate(edits)
     }
 
@@ -193,10 +194,19 @@ def answer_rows(
     examples: Sequence[Example],
     answers: Sequence[tuple[int, ...]],
     scores: Sequence[float],
+    ends: Sequence[str],
 ) -> Iterable[AnswerRow]:
-    """Rows of examples from the tokens that were written and the log-probabilities of targets."""
+    """Rows of examples from the tokens that were written and the log-probabilities of targets.
+
+    Args:
+        model: whose tokenizer reads the tokens.
+        examples: what was asked.
+        answers: the tokens that were written, an example each.
+        scores: log-probabilities of the targets.
+        ends: what ends an answer within its line.
+    """
     for example, answer, score in zip(examples, answers, scores, strict=True):
-        prediction = decoded_answer(model.tokenizer.decode(list(answer)))
+        prediction = decoded_answer(model.tokenizer.decode(list(answer)), ends)
         correct = exact_match(prediction, example.output)
         yield AnswerRow(example.input, example.output, prediction, correct, score)
 

@@ -113,15 +113,16 @@ class FineTuned:
         n_ctx = self.model.cfg.n_ctx
         length = longest_answer(tokenised, n_ctx) if max_new_tokens is None else max_new_tokens
         check_room(tokenised, length, n_ctx)
-        ends = EndTokens(self.model)
+        end_tokens = EndTokens(self.model)
         answers: list[tuple[int, ...]] = []
         scores: list[float] = []
         with self.applied() as hf_model, torch.no_grad():
             for start in range(0, len(tokenised), ROWS_AT_ONCE):
                 part = tokenised[start : start + ROWS_AT_ONCE]
-                answers += greedy_answers(hf_model, part, ends, length)
+                answers += greedy_answers(hf_model, part, end_tokens, length)
                 scores += [-float(t.double().sum()) for t in token_losses(hf_model, part)]
-        return Evaluation(tuple(answer_rows(self.model, examples, answers, scores)))
+        ends = self.template.ends(demonstrated=False)
+        return Evaluation(tuple(answer_rows(self.model, examples, answers, scores, ends)))
 
 
 @own_modes()

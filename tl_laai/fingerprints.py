@@ -23,8 +23,8 @@ SIZES = ("n_layers", "n_heads", "d_head", "d_model")
 SAMPLED_LAYERS = 3
 SAMPLED_ROWS = 16
 # Largest relative difference between two samples of one model. Centring rounds in the last place;
-# bfloat16 has 8 bits.
-TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 2e-2}
+# the 8 bits of bfloat16 differ from float32 by 1.7e-3, the 11 of float16 by 2.6e-4 (measured).
+TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-3, "bfloat16": 6e-3}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ Objective = Literal["answers", "distill", "auto"]
 Preset = Literal["paper", "relaxed", "distill"]
 
 # Of a fit at a given layer and penalty.
-DEFAULT_EVALUATIONS, DEFAULT_TOLERANCE = 150, 1e-3
+DEFAULT_EVALUATIONS, DEFAULT_TOLERANCE, DEFAULT_LEARNING_RATE = 150, 1e-3, 0.1
 # The same as in `distillation.Distillation`; a test compares them.
 DEFAULT_TEACHER_STEPS = 5
 
@@ -104,7 +104,9 @@ def fit(
         typer.Option(min=1, help="At most; adam's steps: 150, and fewer where auto chooses."),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Of stationarity.")] = DEFAULT_TOLERANCE,
-    learning_rate: Annotated[float, typer.Option(help="Of adam and --relax.")] = 0.1,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of adam and --relax.")
+    ] = DEFAULT_LEARNING_RATE,
     relax: Annotated[
         int | None,
         typer.Option(
@@ -182,6 +184,12 @@ def fit(
         raise ValueError(
             f"--tolerance {tolerance} is for a given --layer and penalty, without --max-heads: "
             "fits that are chosen among are stopped by --max-evaluations"
+        )
+    uses_adam = solver == "adam" or bool(relax) or by_validation
+    if learning_rate != DEFAULT_LEARNING_RATE and not uses_adam:
+        raise ValueError(
+            f"--learning-rate {learning_rate} is for --solver adam and --relax: give one of them, "
+            "or leave it out"
         )
     loaded = load(model, backend)
     known = record(model, backend, data)

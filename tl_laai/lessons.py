@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from tl_laai.distillation import Distillation, Lesson, teach, weighed
-from tl_laai.made_up_inputs import NothingTaughtError, make_up_inputs
+from tl_laai.distributions import NothingTaughtError
+from tl_laai.made_up_inputs import make_up_inputs
 from tl_laai.prompts import PromptTemplate, TaughtExample
 from tl_laai.splits import seeded_order
 from tl_laai.tasks import Example, same_input_key
@@ -50,6 +51,10 @@ class Lessons:
         )
 
     @cached_property
+    def _known(self) -> set[str]:
+        return {same_input_key(example.input) for example in self.examples}
+
+    @cached_property
     def answered(self) -> tuple[TaughtExample, ...]:
         """What the whole teacher says to all inputs."""
         return self._teach(self.examples, self.inputs)
@@ -75,9 +80,8 @@ class Lessons:
         Raises:
             NothingTaughtError: it answered fewer than two inputs.
         """
-        known = {same_input_key(example.input) for example in self.examples}
         distinct = {same_input_key(e.tokens.input): e for e in reversed(self.answered)}
-        new = [e for key, e in reversed(distinct.items()) if key not in known]
+        new = [e for key, e in reversed(distinct.items()) if key not in self._known]
         some = seeded_order(new, self.settings.seed)[: 2 * self.n_few]
         if len(some) < 2:
             raise NothingTaughtError(
@@ -93,11 +97,15 @@ class Lessons:
     ) -> dict[tuple[int, float], Lesson]:
         """Each fold's lesson on a few inputs at each share of labels, by `(fold, share)`.
 
+        No input is one of `examples`.
+
         Args:
             known: each fold's training part.
             shares: of labels.
         """
-        wanted, few = set(shares), self.inputs[: self.n_few]
+        # A fold's held-out labels would judge what it was told of their inputs.
+        few = [text for text in self.inputs if same_input_key(text) not in self._known]
+        wanted, few = set(shares), few[: self.n_few]
         lessons = {}
         for k, part in enumerate(known):
             taught = self._teach(part, few)

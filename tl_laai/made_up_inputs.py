@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tl_laai.decoding import decode
+from tl_laai.distributions import NothingTaughtError
 from tl_laai.edits import Edit
 from tl_laai.prefix import freeze
 from tl_laai.prompts import (
@@ -21,10 +22,6 @@ from tl_laai.tasks import Example, same_input_key
 
 _LONGEST_INPUT = 16  # tokens of an input that the model makes up, unless longer ones are shown
 _ROUNDS = 4  # of sampling, before fewer inputs than asked for are accepted
-
-
-class NothingTaughtError(ValueError):
-    """The model made up no input, or the teacher answered none, or too few to choose by."""
 
 
 def make_up_inputs(
@@ -52,16 +49,14 @@ def make_up_inputs(
         At most `n` different inputs; fewer where the model keeps repeating itself.
 
     Raises:
-        NothingTaughtError: the model made up none.
+        NothingTaughtError: the model made up none, or it cannot be told where they would end.
+        ValueError: the template has several inputs.
     """
-    mark = "\0"
-    opening, *closings = template.render(mark, demonstrations).split(mark)
-    if len(closings) != 1:
-        raise ValueError(
-            f"template has {{input}} {len(closings)} times: where an input that the model makes up "
-            "would end is not known. Give inputs of your own."
-        )
-    closing = closings[0].split("\n", 1)[0].strip()  # what the template goes on with in the line
+    check_can_make_up(template, demonstrations)
+    rest = template.text.partition("{input}")[2]
+    opening = template.render("", demonstrations).removesuffix(rest)
+    # What follows an input in its line, be it of the template or before the answer.
+    closing = (rest + template.answer_prefix).split("\n", 1)[0].strip()
     (prompt,) = tokenise_prompts(model, [opening.rstrip(" ")])
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -91,6 +86,26 @@ def make_up_inputs(
             "give inputs of your own"
         )
     return tuple(found.values())[:n]
+
+
+def check_can_make_up(template: PromptTemplate, demonstrations: Sequence[Example]) -> None:
+    """Refuse prompts of which it is not known where an input ends.
+
+    Raises:
+        ValueError: the template has several inputs.
+        NothingTaughtError: an input has several lines.
+    """
+    if (n := template.text.count("{input}")) != 1:
+        raise ValueError(
+            f"template has {{input}} {n} times: where an input that the model makes up would end "
+            "is not known. Give inputs of your own."
+        )
+    several = next((e.input for e in demonstrations if "\n" in e.input.strip()), None)
+    if several is not None:
+        raise NothingTaughtError(
+            f"the input {several!r:.60} has several lines: where one that the model makes up would "
+            "end is not known. Give inputs of your own."
+        )
 
 
 def _longest(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import json
 import logging
 import math
@@ -52,9 +53,12 @@ def read_jsonl(path: Path, group: str | None) -> tuple[str, tuple[OpinionQuestio
             raise ValueError(
                 f"{where}: expected an object with {sorted(_COLUMNS)}, got {row!r:.80}"
             )
-        name = f"Q{1 + len(questions.get(str(row['group']), ()))}"
+        before = [other.id for other in questions.get(str(row["group"]), ())]
+        name = row.get("id")
+        if name is None or name == "":
+            name = next(q for n in itertools.count(1 + len(before)) if (q := f"Q{n}") not in before)
         made = _question(
-            where, row.get("id") or name, row["question"], row["options"],
+            where, name, row["question"], row["options"],
             row["distribution"], str(row["group"]),
         )  # fmt: skip
         known = questions.setdefault(made.group, [])
@@ -128,8 +132,9 @@ def read_global_opinions(
     for number, row in enumerate(dataset):
         where = f"dataset, row {number}"
         by_country = _literal(where, "selections", row["selections"], dict, start="{", end="}")
-        seen |= by_country.keys()
-        if group not in by_country or not row["question"]:
+        # A column of dictionaries has all countries in each row, with None for those not asked.
+        seen |= {country for country, shares in by_country.items() if shares is not None}
+        if by_country.get(group) is None or not row["question"]:
             continue
         options = [str(o) for o in _literal(where, "options", row["options"], list)]
         shares = by_country[group]
@@ -178,7 +183,7 @@ def _number(where: str, value: object, name: str) -> float:
     """A finite number of 0 or more."""
     try:
         number = float(value)  # type: ignore[arg-type]  # whatever is no number is refused
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number) or number < 0:
         raise ValueError(f"{where}: {name} must hold numbers of 0 or more, got {value!r:.80}")
@@ -203,15 +208,20 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
     """Rows as dictionaries, each with file and line; every one of `columns` must be there."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restval="")
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            known = list(reader.fieldnames or ())
-            raise ValueError(f"{path} has no column {missing[0]!r}; it has {known!r:.500}")
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row:
-                raise ValueError(f"{where}: more cells than the header has columns")
-            yield where, row
+        try:
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                known = list(reader.fieldnames or ())
+                raise ValueError(f"{path} has no column {missing[0]!r}; it has {known!r:.500}")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row:
+                    raise ValueError(f"{where}: more cells than the header has columns")
+                yield where, row
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: not UTF-8 text behind line {reader.line_num}: save it as UTF-8"
+            ) from error
 
 
 def _references(where: str, row: Mapping[str, str]) -> list[str]:
@@ -239,6 +249,14 @@ def _weight_column(where: str, columns: Sequence[str], folder: str) -> str:
     return wave if wave in found else found[0]
 
 
+class _NotANumber(ast.NodeTransformer):
+    """Makes the name `nan`, which NumPy and pandas write, a number; it is no Python literal."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:  # the name that ast calls
+        """Another name stays, and is refused."""
+        return ast.Constant(math.nan) if node.id == "nan" else node
+
+
 def _literal(
     where: str, name: str, text: object, kind: type[_Made], *, start: str = "", end: str = ""
 ) -> _Made:
@@ -249,7 +267,7 @@ def _literal(
         if start and start in text and end in text:
             inside = text[text.index(start) : text.rindex(end) + 1]
         try:
-            value = ast.literal_eval(inside.strip())
+            value = ast.literal_eval(_NotANumber().visit(ast.parse(inside.strip(), mode="eval")))
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
             raise ValueError(f"{where}: {name} is no Python literal: {text!r:.80}") from error
     if not isinstance(value, kind):

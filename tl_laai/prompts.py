@@ -54,7 +54,8 @@ class PromptTemplate:
 
     Raises:
         TypeError: A field is not text.
-        ValueError: `text` does not contain `{input}`.
+        ValueError: `text` does not contain `{input}`, or `answer_prefix` holds a newline, at which
+            answers end.
     """
 
     text: str = "Q: {input}\nA:"
@@ -71,6 +72,12 @@ class PromptTemplate:
             raise ValueError(
                 f"text must contain {{input}} where the input goes, got {self.text!r}; "
                 "for instance 'Q: {input}\\nA:'"
+            )
+
+        if "\n" in self.answer_prefix:
+            raise ValueError(
+                f"answer_prefix must be one line, as answers end at a newline, got "
+                f"{self.answer_prefix!r}; end text with the newline instead"
             )
 
     def answer(self, output: str) -> str:
@@ -90,6 +97,11 @@ class PromptTemplate:
             for shown in demonstrations
         ]
         return self.separator.join([*solved, self.text.replace("{input}", input)])
+
+    def ends(self, *, demonstrated: bool) -> tuple[str, ...]:
+        """What ends an answer within its line; behind demonstrations, what stands between them."""
+        own = (self.answer_end, self.separator) if demonstrated else (self.answer_end,)
+        return tuple(end.strip() for end in own if end.strip())
 
     def behind_demonstrations(self) -> PromptTemplate:
         """The same, with answers that end as those of demonstrations do: a model does so too."""
@@ -222,14 +234,20 @@ def sample_demonstrations(train: Sequence[Example], k: int, seed: int) -> tuple[
     return seeded_order(train, seed)[:k]
 
 
-def decoded_answer(text: str) -> str:
-    r"""The answer in decoded text: up to the first newline, without white space around it.
+def decoded_answer(text: str, ends: Iterable[str] = ()) -> str:
+    r"""The answer in decoded text: up to its end, without white space around it.
 
     Example:
         >>> decoded_answer(" Nairobi\n\nQ: Peru")
         'Nairobi'
+
+    Args:
+        text: what was decoded.
+        ends: what ends it besides the first newline (`PromptTemplate.ends`).
     """
-    return text.split("\n", 1)[0].strip()
+    for end in ("\n", *ends):
+        text = text.partition(end)[0]
+    return text.strip()
 
 
 def _tokenise_one(
@@ -269,7 +287,8 @@ def _prompt_tokens(model: TokenisingModel, text: str) -> tuple[int, ...]:
     tokens = _ids(model, text)
     if not tokens:
         raise ValueError(f"prompt {text!r} tokenises to nothing; there must be a token to edit")
-    _check_length(model, len(tokens), f"the prompt {text[:40]!r}")
+    end = text if len(text) <= 40 else "…" + text[-40:]  # which tells prompts apart
+    _check_length(model, len(tokens), f"the prompt {end!r}")
     return tokens
 
 

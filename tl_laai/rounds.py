@@ -15,6 +15,7 @@ from typing import Any
 from tl_laai.backends import backend_of
 from tl_laai.candidates import Candidate, Trial
 from tl_laai.objectives import ObjectiveName
+from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample
 from tl_laai.tasks import Example
 
@@ -178,3 +179,10 @@ def check_choice(
         raise ValueError(f"objectives is {list(objectives)}; give 'answers', 'distill' or both.")
     if "distill" in objectives and not all(isinstance(e, Example) for e in examples):
         raise TypeError("objectives holds 'distill', which needs Examples: the teacher reads them.")
+    kinds = {type(example) for example in examples}
+    if kinds not in ({Example}, {OptionExample}):
+        names = sorted(kind.__name__ for kind in kinds)
+        raise TypeError(
+            f"examples holds {' and '.join(names)}: a choice scores held-out answers, so give "
+            "Examples alone, or OptionExamples alone. Fit others at a layer of your own."
+        )

@@ -22,10 +22,11 @@ from tl_laai.batches import Fit, NonFiniteError
 from tl_laai.candidates import Candidate, Trial, best_first, best_of_rounds
 from tl_laai.crossvalidation import CrossValidation
 from tl_laai.distillation import Distillation
+from tl_laai.distributions import NothingTaughtError
 from tl_laai.evaluation import Evaluation
 from tl_laai.hooking import Position
 from tl_laai.interventions import json_provenance
-from tl_laai.made_up_inputs import NothingTaughtError
+from tl_laai.made_up_inputs import check_can_make_up
 from tl_laai.objectives import ObjectiveName
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import FitExample
@@ -190,6 +191,8 @@ def fit_auto(
         )
     taught = (distillation or Distillation(seed=seed)).on(model)
     check_choice(model, examples, labels, candidates, shares, steps or (), objectives, max_heads)
+    if "distill" in objectives and taught.inputs is None:
+        check_can_make_up(template, ())
     few = max_heads if max_heads != backend_of(model).n_heads else None  # all is no limit
     tried = Rounds(
         tuple(candidates), n_layers, shares, steps, tuple(objectives), few,
@@ -205,7 +208,7 @@ def fit_auto(
     )  # fmt: skip
     # Few folds that together hold out every example: the fewer fitted on, the faster.
     parts = cross_validation_folds(labels, SCREENING_FOLDS, seed)
-    search.work = _work(tried, search, parts)
+    search.work.whole = search.work.of_choice(tried, folds, parts)
     table: list[Candidate] = []
     ranked: Sequence[int] = candidates
     if grid := tried.screening():
@@ -225,7 +228,7 @@ def fit_auto(
     if held_out is not None and grid:
         try:
             teacher = search.teacher(labels)
-        except TooLongError as error:
+        except (NothingTaughtError, TooLongError) as error:
             _LOG.warning("distillation is left out of the choice: %s", error)
             grid = []
     if grid and (teacher is None or held_out is None or keeps_up(teacher, held_out)):
@@ -277,29 +280,6 @@ def keeps_up(teacher: Evaluation, labelled: Evaluation) -> bool:
     """
     n_right, n_labelled = (sum(row.correct for row in own.rows) for own in (teacher, labelled))
     return n_labelled - n_right <= max(1, math.isqrt(teacher.n // 10))
-
-
-def _work(tried: Rounds, search: CrossValidation, parts: Sequence[Sequence[int]]) -> int:
-    """Work of all rounds and the refit at most, where layers are screened on `parts`."""
-    taught, labelled = tried.taught(tried.layers), tried.labelled(tried.layers)
-    steps = (*tried.steps, *(tried.taught_steps if taught else ()))
-    on_folds, at_once = (search.parts(search.folds, taught=False), search.parts([()], taught=True))
-    brief = min(search.max_evaluations, SCREENING_EVALUATIONS)
-    work = search.cost(tried.screening(), search.parts(parts, taught=False), tried.brief, brief)
-    work += search.cost(labelled, on_folds, tried.steps)
-    if taught:
-        mixed, few = tried.mixed(taught[0]), search.folds[:MIXED_FOLDS]
-        n_teachers = (len(search.folds) if labelled else 0) + 1 + (len(few) if mixed else 0)
-        work += n_teachers * search.teacher_cost + search.inputs_cost
-        work += search.cost(taught, at_once, tried.taught_steps)
-        work += search.cost(mixed, search.parts(few, taught=True), tried.taught_steps[-1:])
-    if tried.max_heads is not None:
-        sparse = max((tried.sparse(trial) for trial in taught or labelled), key=len)
-        again = max((on_folds if labelled else [], at_once if taught else []), key=sum)
-        work += search.cost(sparse, [search.largest(taught=bool(taught))], ())
-        work += max(search.cost([trial], again, steps) for trial in sparse)
-    refit = search.max_evaluations + max(steps, default=-1) + 1
-    return work + search.largest(taught=bool(taught)) * refit
 
 
 def _sparse(

@@ -48,6 +48,7 @@ _LOOK_BACK = 5  # a trial is compared with the largest of so many last objective
 _ACCEPT, _DISTRUST, _TRUST = 0.1, 0.25, 0.75  # shares of the foretold decrease
 _DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 4.0, 0.25, 1e8  # factor and range of sigma / scale
 _NOISE = 30.0  # rounding of a loss, in units of its last digit
+_ZERO = 1e-5  # zero is stationary up to rounding alone: this share of the gradient
 _STEP_GROWTH = 3.0  # a trial goes at most so many times as far as the longest step so far
 
 
@@ -110,7 +111,10 @@ class _Point:
         return math.isfinite(self.objective) and math.isfinite(self.stationarity)
 
     def solves(self, tolerance: float) -> bool:
-        return self.stationarity <= tolerance * max(1.0, _norm(self.delta))
+        size = _norm(self.delta)
+        if size == 0:  # would pass wherever gradients are small, whether heads come in or not
+            return self.stationarity <= min(tolerance, _ZERO * _norm(self.gradient))
+        return self.stationarity <= tolerance * max(1.0, size)
 
 
 # Yields the delta to evaluate, is sent the point, and returns where it stopped and why.
@@ -140,7 +144,8 @@ def proximal_gradient(
             `(losses, gradients)` for the problems that still run.
         delta0: Starts, `[n_problems, n_heads, d_head]`; their dtype and device are kept.
         penalty: Weights shared by all problems, or one a problem.
-        tolerance: A problem stops once `stationarity <= tolerance * max(1, ||delta||)`.
+        tolerance: A problem stops once `stationarity <= tolerance * max(1, ||delta||)`, at zero
+            only where zero is stationary up to rounding.
         max_evaluations: Gradients that one problem may use, the start's included.
         callback: Told the `Progress` after each call of `value_and_grad`.
 

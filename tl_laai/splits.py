@@ -85,7 +85,7 @@ def divide(
         raise ValueError(
             f"task {name!r} has {len(items)} distinct inputs, fewer than {total} "
             f"asked for (train={train}, validation={validation}, test={test}); ask for "
-            "fewer, or pass test=None for all that remain"
+            "fewer" + ("" if test is None else ", or pass test=None for all that remain")
         )
     order = seeded_order(items, seed)
     back = order[::-1]

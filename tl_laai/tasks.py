@@ -39,8 +39,8 @@ class Example:
             Without a leading space: the template sets it.
 
     Raises:
-        TypeError, ValueError: A field is not text, or has nothing but white space; `output` has
-            several lines.
+        TypeError, ValueError: A field is not text, has nothing but white space, or holds half a
+            character; `output` has several lines.
     """
 
     input: str
@@ -53,11 +53,28 @@ class Example:
                 raise TypeError(f"{field} must be text, got {value!r}; write it as a string")
             if not value.strip():
                 raise ValueError(f"{field} must not be empty, got {value!r}; drop the example")
+            check_whole(field, value)
         if "\n" in self.output.strip():  # never answered right, whatever the model writes
             raise ValueError(
                 f"output must be one line, as answers end at a newline, got {self.output!r:.60}; "
                 "give one line, or leave the rest out"
             )
+
+
+def check_whole(name: str, text: str) -> None:
+    """Refuse text that holds half a character (a lone surrogate): no tokenizer takes it.
+
+    Raises:
+        ValueError: It does; the message quotes where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20]
+        raise ValueError(
+            f"{name} holds half a character, {text[error.start]!r} in {around!r}; write it whole, "
+            "or leave it out"
+        ) from None
 
 
 def same_input_key(text: str) -> str:
@@ -293,8 +310,8 @@ def _parse(text: str, *, name: str, source: str, where: str) -> Task:
         examples=tuple(
             _example(row, where=f"{where}: example {n}") for n, row in enumerate(rows, 1)
         ),
-        version=str(about.get("version", "")),
-        description=str(about.get("description", "")),
+        version=str(about.get("version") or ""),
+        description=str(about.get("description") or ""),
         source=source,
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tl_laai.backends import backend_of, own_modes
+from tl_laai.distributions import NothingTaughtError
 from tl_laai.edits import Edit
 from tl_laai.engine import Engine
 from tl_laai.prefix import freeze
@@ -61,11 +62,17 @@ def fit_teacher(
         Delta of one layer, at the last prompt token.
 
     Raises:
-        ValueError: no such layer, no two different inputs, so that none can be asked after
-            another, or a loss that is not finite.
+        NothingTaughtError: no two different inputs, so that none can be asked after another, or a
+            loss that is not finite.
+        ValueError: no such layer.
     """
     if not steps:
         return Edit()
+    if not examples:
+        raise NothingTaughtError(
+            "examples is empty: a teacher is fitted on examples asked after others. Give some, "
+            "hold out fewer together, or no steps of that fit (teacher_steps=0)."
+        )
     layer = teacher_layer(model, layer)
     prompts = freeze(model, _questions(model, examples, template, seed))
     engine = Engine(prompts, layers=[layer], rows=[range(QUESTIONS)])
@@ -74,7 +81,7 @@ def fit_teacher(
     support = torch.ones(1, backend.n_heads, backend.d_head, dtype=torch.bool)
     (found,) = relax(engine.value_and_grad, support, dtype=dtype, steps=steps).solutions
     if found.status is Status.NON_FINITE:
-        raise ValueError(
+        raise NothingTaughtError(
             f"teacher_steps is {steps}, and the teacher's loss on its labels is not finite. Use a "
             "wider dtype (float32), or teacher_steps=0."
         )
@@ -105,7 +112,7 @@ def _questions(
         own = same_input_key(query.input)
         others = [e for e in examples if same_input_key(e.input) != own]
         if not others:
-            raise ValueError(
+            raise NothingTaughtError(
                 f"examples hold the input {query.input!r} alone: a teacher is fitted on each "
                 "example asked after others. Give more examples, or no steps of that fit "
                 "(teacher_steps=0, --teacher-steps 0)."
