@@ -303,6 +303,10 @@ class CrossValidation:
         trial = Trial(chosen.layer, chosen.alpha, chosen.objective, chosen.label_share)
         problem = self._problem(trial)
         problem = replace(problem, provenance={**origin, **problem.provenance})
+        # What was foretold for rounds that were left out, or were shorter, is not to come.
+        steps = (chosen.relax_steps,) if chosen.relax_steps else ()
+        to_come = self.work.of_fits([trial], [len(problem.examples)], steps)
+        self.work.whole = min(self.work.whole, self.work.done + to_come)
         (fitted,) = fit_many(
             self.model,
             [problem],

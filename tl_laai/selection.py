@@ -166,7 +166,7 @@ def fit_auto(
         provenance: kept with the intervention.
         progress: called with `(what, work done, work in all)`; work is counted in
             loss-and-gradient evaluations of one example, or what takes as long, at most
-            `in all` of them.
+            `in all` of them, which becomes fewer when the choice is known.
 
     Returns:
         The refitted choice and the whole validation table.
