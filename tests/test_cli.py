@@ -636,6 +636,13 @@ def test_attribution_and_ablation_write_rows_that_can_be_drawn(
     values = json.loads(done(*words, "--out", out, "--json").stdout)["values"]
     assert len(values) == 3
     done("figure", out, "--out", tmp_path / "attribution.svg")
+    grown = tmp_path / "grown.jsonl"
+    grown.write_bytes(out.read_bytes())
+    other = (*words[:4], "antonym", *words[5:], "--out", grown)
+    assert "0 rows replaced, 12 others kept" in done(*other).stderr
+    assert "12 rows replaced, 12 others kept" in done(*other).stderr
+    assert json.loads(done(*words, "--out", grown, "--json").stdout)["values"] == values
+    done("figure", grown, "--task", "upper", "--out", tmp_path / "attribution.svg")
     out = tmp_path / "ablation.jsonl"
     table = done("ablate", "upper", "--test", 4, "--out", out).stdout
     assert "cumulative" in table

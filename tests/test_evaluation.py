@@ -15,10 +15,18 @@ from tiny import N_CTX, tiny_model
 from tl_laai import evaluation
 from tl_laai.decoding import longest_answer
 from tl_laai.edits import Edit
-from tl_laai.evaluation import AnswerRow, Evaluation, as_edit, evaluate, evaluate_edits
+from tl_laai.evaluation import (
+    AnswerRow,
+    Evaluation,
+    answer_scores,
+    as_edit,
+    evaluate,
+    evaluate_edits,
+)
 from tl_laai.fingerprints import fingerprint
 from tl_laai.interventions import Intervention
 from tl_laai.metrics import exact_match
+from tl_laai.prefix import freeze
 from tl_laai.prompts import PromptTemplate, TooLongError, decoded_answer, tokenise
 from tl_laai.tasks import Example, Task
 
@@ -95,6 +103,29 @@ def test_rows_under_an_intervention_are_those_of_one_by_one(model: Any, position
     plain = evaluate(model, EXAMPLES)
     assert_same_rows(plain.rows, slow_rows(model, EXAMPLES, Edit()))
     assert [r.prediction for r in got.rows] != [r.prediction for r in plain.rows]
+
+
+def test_prompts_of_unlike_lengths_are_answered_apart_with_the_same_rows(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[list[int]] = []
+
+    def noted(model: Any, examples: Any, **options: Any) -> Any:
+        frozen.append([len(e.prompt) for e in examples])
+        return freeze(model, examples, **options)
+
+    monkeypatch.setattr(evaluation, "freeze", noted)
+    monkeypatch.setattr(evaluation, "_PADDED_TOKENS", 60)
+    examples = [Example("ab" * (30 if i == 1 else 1 + i % 3), "xy"[: 1 + i % 2]) for i in range(7)]
+    edit = as_edit(model, intervention_for(model))
+    rows = evaluate_edits(model, examples, {"it": edit})["it"].rows
+    assert len(frozen) == 2
+    assert max(frozen[0]) < min(frozen[1])
+    assert_same_rows(rows, slow_rows(model, examples, edit))
+    losses, _ = answer_scores(model, examples, [edit])
+    lengths = [len(e.answer) for e in tokenise(model, examples)]
+    expected = [-row.log_probability / n for row, n in zip(rows, lengths, strict=True)]
+    assert losses[0].tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_few_shot_rows_are_those_of_one_by_one(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from tl_laai.canvas import save
 from tl_laai.heatmaps import attribution_map, delta_heatmaps
 
 Rows = list[dict[str, Any]]
@@ -69,6 +71,20 @@ def test_titles_of_panels_side_by_side_do_not_meet(n_panels: int) -> None:
     boxes = [ax._left_title.get_window_extent() for ax in axes]  # type: ignore[attr-defined]  # no public name
     edges = [box.x0 for box in boxes[1:]] + [figure.bbox.x1]
     assert all(box.x1 < edge for box, edge in zip(boxes, edges, strict=True))
+
+
+def test_more_panels_than_fit_beside_one_another_stand_in_rows(tmp_path: Path) -> None:
+    penalties = ("none", "0.3 lambda_max", "0.6 lambda_max", "0.9 lambda_max", "1 lambda_max")
+    rows = [row for name in penalties for row in delta_rows(some_values(4, 64, 0), name)]
+    axes = delta_heatmaps(rows)
+    figure = axes[0].figure
+    save(figure, tmp_path / "x.png")  # which brings the layout to rest
+    boxes = [ax.get_window_extent() for ax in axes]
+    assert len({round(box.y0) for box in boxes}) == 2
+    assert min(box.height for box in boxes) > 0.4 * figure.dpi  # inches
+    titles = [ax._left_title.get_window_extent() for ax in axes]  # type: ignore[attr-defined]  # no public name
+    assert all(title.y0 > box.y1 for title, box in zip(titles, boxes, strict=True))
+    assert max(title.y1 for title in titles[3:]) < min(box.y0 for box in boxes[:3])
 
 
 def test_heads_are_hatched_exactly_where_all_entries_are_zero() -> None:

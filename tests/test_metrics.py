@@ -78,6 +78,9 @@ def test_exact_match_forgives_white_space_around_and_the_form_of_accents_only(
         ("In Paris", "Paris", False),
         ("cafe\u0301 noir", "caf\u00e9", True),
         ("New York City", "New York", True),
+        ("\u0915\u093f", "\u0915", False),  # Hindi: a vowel sign makes another syllable
+        ("\u0e19\u0e35\u0e49", "\u0e19", False),  # Thai, likewise
+        ("\u0915\u093f \u0914\u0930", "\u0915\u093f", True),
         ("", "Paris", False),
     ],
 )

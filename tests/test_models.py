@@ -162,6 +162,14 @@ def test_a_checkpoint_with_damaged_weights_is_refused(tmp_path: Path) -> None:
         load_model(place)
 
 
+def test_a_folder_without_a_tokenizer_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    place = save_tiny(tmp_path, "gpt2")
+    for file in place.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer; tokenizer\.save_pretrained writes"):
+        load_model(place)
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     place = save_tiny(tmp_path, "gpt2")
     kept = load_file(place / "model.safetensors")

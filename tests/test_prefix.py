@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from tl_laai.backends import backend_of
 from tl_laai.interventions import Intervention
 from tl_laai.prefix import freeze
 from tl_laai.prompts import TokenisedExample
@@ -126,6 +128,35 @@ def test_a_leftover_hook_is_refused_even_after_the_model_was_checked(backend: st
         freeze(model, examples)
     model.reset_hooks(including_permanent=True)
     freeze(model, examples)
+
+
+@pytest.mark.parametrize("place", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_torch_hook_is_refused_even_after_the_model_was_checked(backend: str, place: str) -> None:
+    model = tiny_model(backend, "llama")
+    examples = oracle.random_examples(oracle.LENGTHS)
+    freeze(model, examples)
+    handle = getattr(model.blocks[1], place)(lambda *_: None)
+    with pytest.raises(ValueError, match=r"torch hooks at 'blocks\.1'.*has remove\(\)"):
+        freeze(model, examples)
+    handle.remove()
+    freeze(model, examples)
+
+
+def test_tokens_that_the_model_does_not_embed_are_refused(backend: str) -> None:
+    model = tiny_model(backend, "llama")
+    (example,) = oracle.random_examples([(4, 2)])
+    last = model.cfg.d_vocab - 1
+    freeze(model, [replace(example, answer=(last, 1))])
+    for change in ({"answer": (1, last + 1)}, {"prompt": (1, last + 1, 2)}):
+        with pytest.raises(ValueError, match=rf"gives token {last + 1}, .* tokens 0 to {last}"):
+            freeze(model, [replace(example, **change)])
+
+
+def test_a_model_that_multiplies_its_logits_is_frozen_exactly() -> None:
+    """Cohere's: freezing compares logits with the model's own."""
+    model = tiny_model("bridge", "cohere")
+    assert backend_of(model).logit_scale == 0.25
+    freeze(model, oracle.random_examples(oracle.LENGTHS))
 
 
 def test_freezing_under_an_applied_intervention_is_refused(backend: str) -> None:

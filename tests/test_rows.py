@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from tl_laai.rows import (
     number,
     only_writer,
     read_rows,
+    replace_rows,
     write_rows,
 )
 
@@ -227,6 +229,16 @@ def test_a_file_of_another_kind_is_refused_and_not_touched(tmp_path: Path, conte
     assert path.read_bytes() == content
 
 
+def test_rows_replace_those_that_they_agree_with(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{**some_rows(1)[0], "task": task, "seed": seed} for task in "ab" for seed in (0, 1)]
+    assert replace_rows(path, rows, by=("task",)) == (0, 0)
+    new = [{**rows[0], "seed": 7}]
+    assert replace_rows(path, new, by=("task",)) == (2, 2)
+    assert read_rows(path) == [*rows[2:], *new]
+    assert replace_rows(path, new, by=("task", "seed")) == (2, 1)
+
+
 # --- one writer ----------------------------------------------------------------------------------
 
 
@@ -244,6 +256,20 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     with only_writer(path):
         assert complete_rows(path) == some_rows(1) * 2
     assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_file_that_cannot_be_locked_is_written_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "rows.jsonl"
+    with only_writer(path):
+        append_rows(path, some_rows(1))
+    assert complete_rows(path) == some_rows(1)
+    assert "rows.jsonl cannot be locked here" in caplog.text
 
 
 def test_a_writer_that_fails_lets_go(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tl_laai import sweep_units, sweeps
 from tl_laai.evaluation import evaluate
 from tl_laai.fitting import fit
 from tl_laai.penalties import SparseGroupLasso
-from tl_laai.prompts import PromptTemplate
+from tl_laai.prompts import PromptTemplate, TooLongError
 from tl_laai.rows import append_rows, checked, only_writer, read_rows
 from tl_laai.sweeps import sweep_layers
 from tl_laai.tasks import Example, Split, Task
@@ -318,6 +318,24 @@ def test_a_task_may_be_given_as_a_path(bridge: Any, out: Path, tmp_path: Path) -
     rows = sweep_layers(bridge, [tmp_path / "upper.json"], **options)
     assert [row["task"] for row in rows] == ["upper"]
     assert sweep_layers(bridge, [str(tmp_path / "upper.json")], **options) == rows
+
+
+def test_one_task_may_be_given_alone(bridge: Any, out: Path) -> None:
+    options = QUICK | {"out": out, "layers": [0], "seeds": [0]}
+    rows = sweep_layers(bridge, NEXT, **options)
+    assert [row["task"] for row in rows] == ["next"]
+    assert sweep_layers(bridge, (task for task in [NEXT]), **options) == rows
+    with pytest.raises(ValueError, match="got 'no-such-task'"):
+        sweep_layers(bridge, "no-such-task", **options)
+
+
+def test_an_example_without_room_is_told_before_anything_is_fitted(
+    bridge: Any, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_units, "fit_many", lambda *_, **__: pytest.fail("fitted"))
+    long = Task("long", (*NEXT.examples, Example("z" * bridge.cfg.n_ctx, "a")))
+    with pytest.raises(TooLongError, match=r"task 'long', seed \d: the prompt .* take"):
+        sweep_layers(bridge, [NEXT, long], out=out, layers=[0], **QUICK | {"n_test": 9})
 
 
 def test_two_sweeps_never_write_one_file_at_once(bridge: Any, out: Path) -> None:

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -111,6 +112,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     | opt | 3 | 4 x 8 | 32 | tokens of all rows as one axis inside the block |
     | opt-projected | 3 | 4 x 8 | 32 | a projection before the unembedding: refused |
     | mistral | 3 | 4 (2) x 8 | 32 | windows of 4 on every layer |
+    | cohere | 3 | 4 (2) x 8 | 32 | parallel blocks, scaled logits |
     | granite | 3 | 4 (2) x 8 | 32 | scaled embeddings, scores, residuals and logits |
     | smollm3 | 3 | 4 (2) x 8 | 32 | no positions on layer 1 |
     """
@@ -166,6 +168,8 @@ def tiny_config(family: str) -> PreTrainedConfig:
                 residual_multiplier=0.5,
                 logits_scaling=2.0,
             )
+        case "cohere":
+            return CohereConfig(**grouped, logit_scale=0.25)
         case "smollm3":
             return SmolLM3Config(**grouped, no_rope_layers=[1, 0, 1])
         case "gemma2":

@@ -114,6 +114,11 @@ class Backend(ABC):
     def call_block(self, layer: int, residual: Float[Tensor, "n d_model"]) -> Tensor:
         """Run the block's own forward over packed tokens, `[n, d_model]`."""
 
+    @property
+    @abstractmethod
+    def n_embeddings(self) -> int:
+        """How many tokens the model has an embedding of."""
+
     @abstractmethod
     def unembedding(self) -> Unembedding:
         """The model's unembedding."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from tl_laai.checkpoints import find_source, quiet, unknown_model
 from tl_laai.prompts import TokenisedExample
 from tl_laai.splits import check_count
-from tl_laai.vocabulary import Unembedding, cross_entropy, next_token
+from tl_laai.vocabulary import Unembedding, cross_entropy, logit_scale, next_token
 
 Method = Literal["lora", "ia3"]
 
@@ -151,8 +151,8 @@ def _head(hf_model: Any) -> Unembedding:
 def _final_hidden(hf_model: Any, **inputs: Any) -> Any:
     """The base model's output, its last hidden state scaled as the model scales its logits."""
     output = hf_model.base_model(**inputs)
-    output.last_hidden_state = output.last_hidden_state / getattr(
-        hf_model.config.get_text_config(), "logits_scaling", 1.0
+    output.last_hidden_state = output.last_hidden_state * logit_scale(
+        hf_model.config.get_text_config()
     )
     return output
 

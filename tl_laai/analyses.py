@@ -27,7 +27,7 @@ from tl_laai.options import (
     load_for,
 )
 from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw
-from tl_laai.rows import check_rows_file, write_rows
+from tl_laai.rows import check_rows_file, replace_rows
 from tl_laai.tasks import load_task
 
 
@@ -96,7 +96,10 @@ def attribute(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Gradient attribution of every head: one forward and one backward."""
+    """Gradient attribution of every head: one forward and one backward.
+
+    A file given as --out keeps its rows of other models and tasks.
+    """
     if out is not None:
         check_rows_file(out, "attribution")
     data = draw(load_task(task), train=train, seed=seed)
@@ -119,7 +122,7 @@ def attribute(
         for head in range(values.shape[1])
     ]
     if out is not None:
-        write_rows(out, rows)
+        _tell_replaced(out, replace_rows(out, rows, by=("model", "task")))
     if json:
         display.show_json({"values": values.tolist(), "by_layer": values.amax(-1).tolist()})
         return
@@ -135,7 +138,10 @@ def ablate(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """What each head of an intervention carries: without it, it alone, strongest first."""
+    """What each head of an intervention carries: without it, it alone, strongest first.
+
+    A file given as --out keeps its rows of other tasks.
+    """
     from tl_laai.interventions import Intervention
 
     if out is not None:
@@ -144,12 +150,14 @@ def ablate(
     data, template = held_out(intervention, task=task, test=test)
     loaded = load_for(intervention, model, None)
     from tl_laai.attribution import ablate_heads
+    from tl_laai.fingerprints import fingerprint
 
     with display.step(f"Answering {len(data.test)} questions in all variants"):
         ablations = ablate_heads(loaded, intervention, data.test, template=template)
     rows = [
         {
             "kind": "ablation",
+            "model": fingerprint(loaded).name,
             "task": data.task.name,
             "layer": intervention.layers[0],
             "variant": ablation.variant,
@@ -161,7 +169,7 @@ def ablate(
         for ablation in ablations
     ]
     if out is not None:
-        write_rows(out, rows)
+        _tell_replaced(out, replace_rows(out, rows, by=("task",)))
     if json:
         display.show_json({"rows": rows})
         return
@@ -192,6 +200,13 @@ def figure(
         raise ValueError(f"--task {task}: {rows} holds no rows of it")
     figures.save(figures.draw(chosen, kind), out)
     display.say(f"Drawn to {out}")
+
+
+def _tell_replaced(out: Path, counts: tuple[int, int]) -> None:
+    others, replaced = counts
+    if others or replaced:
+        told = f"{out}: {replaced} rows replaced, {others} others kept"
+        display.err.print(told, markup=False, soft_wrap=True)
 
 
 def _layers(text: str) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_laai.abstract_backend import AttentionRule, Backend
-from tl_laai.vocabulary import Unembedding
+from tl_laai.vocabulary import Unembedding, logit_scale
 
 
 class BridgeBackend(Backend):
@@ -23,8 +23,7 @@ class BridgeBackend(Backend):
         # GPT-J and CodeGen keep sines and cosines in the attention itself.
         own_table = getattr(attention.original_component, "embed_positions", None)
         self._has_own_tables = isinstance(own_table, Tensor)
-        # Granite's.
-        self.logit_scale = 1 / float(getattr(model.original_model.config, "logits_scaling", 1.0))
+        self.logit_scale = logit_scale(model.original_model.config)
         self._adjacent_pairs = self._has_own_tables or bool(
             getattr(model.cfg, "rotary_adjacent_pairs", False)
         )
@@ -137,6 +136,10 @@ class BridgeBackend(Backend):
 
     def tensors(self) -> list[Tensor]:
         return [*super().tensors(), *(table for both in self._rotary.values() for table in both)]
+
+    @property
+    def n_embeddings(self) -> int:
+        return len(self.model.original_model.get_input_embeddings().weight)
 
     def unembedding(self) -> Unembedding:
         unembed = self.model.unembed.original_component

@@ -34,6 +34,7 @@ from rich.console import Console
 
 CONVERTER_VERSION = 1  # raise it when a conversion writes something else: old folders stay unread
 MARKER_FILE = "tl_laai.json"
+_TOKENIZER_FILE = re.compile("token|vocab|spiece|tekken")  # whatever kind it is
 _DAY = 86400.0
 _QUIET = threading.RLock()  # what `quiet` changes belongs to the whole process
 
@@ -123,6 +124,9 @@ def find_source(name_or_path: str | os.PathLike[str]) -> Source:
     if name and path.is_dir():  # Path("") is the current folder
         if not (path / "config.json").is_file():
             raise ValueError(unknown_model(name, "the folder has no config.json."))
+        if not any(_TOKENIZER_FILE.search(file.name) for file in path.iterdir()):
+            told = "the folder has no tokenizer; tokenizer.save_pretrained writes it there."
+            raise ValueError(unknown_model(name, told))
         return _read_marker(path) or Source(path.resolve().name, path)
     if path.is_file():
         with path.open("rb") as file:
@@ -138,9 +142,10 @@ def find_source(name_or_path: str | os.PathLike[str]) -> Source:
 
 def unknown_model(name: str, reason: str) -> str:
     """The message for a name that cannot be loaded: why, and what is allowed."""
-    first_line = (reason.strip().splitlines() or ["no reason was given."])[0]
+    told = " ".join(reason.split()) or "no reason was given."
+    told = told if len(told) <= 300 else told[:300] + "…"
     return (
-        f"name_or_path={name!r} could not be loaded: {first_line[:300]} Allowed are a built-in "
+        f"name_or_path={name!r} could not be loaded: {told} Allowed are a built-in "
         f"name ({', '.join(BUILT_IN)}), a checkpoint folder, a GGUF file, or the Hugging Face Hub "
         "name of a model that TransformerLens supports, such as 'openai-community/gpt2'."
     )

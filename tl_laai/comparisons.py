@@ -9,7 +9,7 @@ import typer
 from tl_laai import display
 from tl_laai.options import AnyBackend, AnyModel, Json, OneTask, Out, Seed, Test, load
 from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw
-from tl_laai.rows import check_rows_file, read_rows, write_rows
+from tl_laai.rows import check_rows_file, replace_rows
 from tl_laai.tasks import load_task
 
 if TYPE_CHECKING:
@@ -91,9 +91,7 @@ def baselines(
         for name, (setting, evaluation) in found.items()
     ]
     if out is not None:
-        own = {_key(row) for row in rows}
-        there = read_rows(out) if out.exists() and out.stat().st_size else []
-        write_rows(out, [*(row for row in there if _key(row) not in own), *rows])
+        replace_rows(out, rows, by=("model", "task", "method", "seed"))
     if json:
         display.show_json({"rows": rows})
         return
@@ -110,10 +108,6 @@ def baselines(
     columns = ("method", "setting", "exact match", "begins right", "log-probability")
     display.show(display.text_table(columns, cells))
     display.say(f"{data.task.name}: tuned on {train} examples, {len(data.test)} held out.")
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("model", "task", "method", "seed"))
 
 
 def _fine_tuned(

@@ -16,8 +16,17 @@ from tl_laai.edits import Edit
 from tl_laai.interventions import Intervention
 from tl_laai.metrics import begins_with, exact_match
 from tl_laai.prefix import freeze
-from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, decoded_answer, tokenise
+from tl_laai.prompts import (
+    DEFAULT_TEMPLATE,
+    PromptTemplate,
+    TokenisedExample,
+    decoded_answer,
+    tokenise,
+)
 from tl_laai.tasks import Example, check_disjoint
+
+# Prompts of unlike lengths are answered apart where together they would be padded to more.
+_PADDED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -155,17 +164,39 @@ def evaluate_edits(
         check_disjoint(demonstrations, examples)
         template = template.behind_demonstrations()
     tokenised = tokenise(model, examples, template=template, demonstrations=demonstrations)
-    prompts = freeze(model, tokenised, share_prefix=bool(demonstrations))
     every = list(edits.values())
-    n_ctx = prompts.backend.n_ctx
+    n_ctx = int(model.cfg.n_ctx)
     length = longest_answer(tokenised, n_ctx) if max_new_tokens is None else max_new_tokens
-    answers = decode(prompts, every, max_new_tokens=length)
-    scores = answer_log_probabilities(prompts, every).tolist()
+    answers: list[list[tuple[int, ...]]] = [[()] * len(examples) for _ in every]
+    scores = torch.zeros(len(every), len(examples), dtype=torch.float64)
+    for part in _alike(tokenised):
+        prompts = freeze(model, [tokenised[i] for i in part], share_prefix=bool(demonstrations))
+        for own, written in zip(
+            answers, decode(prompts, every, max_new_tokens=length), strict=True
+        ):
+            for i, answer in zip(part, written, strict=True):
+                own[i] = answer
+        scores[:, part] = answer_log_probabilities(prompts, every)
     ends = template.ends(demonstrated=bool(demonstrations))
     return {
-        name: Evaluation(tuple(answer_rows(model, examples, answers[i], scores[i], ends)))
+        name: Evaluation(tuple(answer_rows(model, examples, answers[i], scores[i].tolist(), ends)))
         for i, name in enumerate(edits)
     }
+
+
+def _alike(examples: Sequence[TokenisedExample]) -> list[list[int]]:
+    """Indices of prompts in parts of like length: each part's are padded to its longest."""
+    parts: list[list[int]] = [[]]
+    n_tokens = 0
+    for i in sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)):
+        n_own = len(examples[i].prompt)
+        n_padded = (len(parts[-1]) + 1) * n_own
+        if n_padded > max(_PADDED_TOKENS, 2 * (n_tokens + n_own)):
+            parts.append([])
+            n_tokens = 0
+        parts[-1].append(i)
+        n_tokens += n_own
+    return [sorted(part) for part in parts if part]
 
 
 def answer_scores(
@@ -185,7 +216,10 @@ def answer_scores(
     """
     tokenised = tokenise(model, examples, template=template)
     lengths = torch.tensor([len(e.answer) for e in tokenised], dtype=torch.float64)
-    found = answer_log_probabilities(freeze(model, tokenised), edits)
+    found = torch.zeros(len(edits), len(tokenised), dtype=torch.float64)
+    for part in _alike(tokenised):
+        prompts = freeze(model, [tokenised[i] for i in part])
+        found[:, part] = answer_log_probabilities(prompts, edits)
     return -found / lengths, found.exp()
 
 

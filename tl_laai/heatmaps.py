@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from tl_laai.canvas import (
 )
 from tl_laai.metrics import sparsity
 from tl_laai.rows import Row, checked, values_of
+
+_PANELS_A_ROW = 3
 
 
 @styled
@@ -59,8 +62,13 @@ def delta_heatmaps(rows: Sequence[Row], axes: Sequence[Axes] | None = None) -> t
             )
         panels.append(np.array([found[head] for head in heads], dtype=np.float64))
     if axes is None:
-        figure = new_figure(min(max(1.4 + 0.16 * len(heads), 2.1), 4.0))
-        axes = tuple(figure.subplots(1, len(penalties), sharey=True, squeeze=False)[0])
+        n_columns = min(len(penalties), _PANELS_A_ROW)
+        n_rows = math.ceil(len(penalties) / n_columns)
+        figure = new_figure(n_rows * min(max(1.4 + 0.16 * len(heads), 2.1), 4.0))
+        grid = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).flatten()
+        for empty in grid[len(penalties) :]:
+            empty.set_axis_off()
+        axes = tuple(grid[: len(penalties)])
         title = f"{rows[0]['model']}, {rows[0]['task']}, layer {rows[0]['layer']}"
         figure.suptitle(wrap(title, 55), x=0.02, ha="left")
     limit = max(float(np.abs(panel).max()) for panel in panels) or 1.0
@@ -76,12 +84,16 @@ def delta_heatmaps(rows: Sequence[Row], axes: Sequence[Axes] | None = None) -> t
             f"{counts.n_heads_nonzero} of {count(counts.n_heads, 'head')} left",
             f"{100 * counts.share_zero:.1f} % of entries zero",
         )
-        ax.set_title("\n".join(wrap(line, 54 // len(penalties)) for line in lines), loc="left")
+        ax.set_title(
+            "\n".join(wrap(line, 54 // min(len(penalties), _PANELS_A_ROW)) for line in lines),
+            loc="left",
+        )
         ax.set_xlabel("dimension")
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         label_axis(ax.yaxis, heads)
         dress(ax)
-    axes[0].set_ylabel("head")
+    for ax in axes[::_PANELS_A_ROW]:
+        ax.set_ylabel("head")
     zero = [ax for ax, panel in zip(axes, panels, strict=True) if not panel.any(axis=1).all()]
     label = "value of Delta" + ("; hatched: head exactly zero" if zero else "")
     bar = axes[0].figure.colorbar(image, ax=list(axes), orientation="horizontal", aspect=40)

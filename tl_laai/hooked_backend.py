@@ -70,6 +70,10 @@ class HookedBackend(Backend):
     def call_block(self, layer: int, residual: Tensor) -> Tensor:
         return cast(Tensor, self.model.blocks[layer](residual[None])[0])
 
+    @property
+    def n_embeddings(self) -> int:
+        return len(self.model.embed.W_E)
+
     def unembedding(self) -> Unembedding:
         bias = self.model.unembed.b_U.detach()
         softcap = float(self.model.cfg.output_logits_soft_cap)

@@ -110,7 +110,10 @@ def begins_with(prediction: str, target: str) -> bool:
         TypeError: One of them is not text.
     """
     first, second = _answers(prediction, target)
-    return first.startswith(second) and not first[len(second) : len(second) + 1].isalnum()
+    after = first[len(second) : len(second) + 1]
+    # Vowel signs of Hindi or Thai are marks on what they follow, and no letters.
+    goes_on = after.isalnum() or (after and unicodedata.category(after).startswith("M"))
+    return first.startswith(second) and not goes_on
 
 
 def _answers(prediction: str, target: str) -> tuple[str, ...]:

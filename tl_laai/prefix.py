@@ -49,6 +49,7 @@ def freeze(
         raise ValueError("examples is empty: give at least one tokenised example.")
     backend = backend_of(model)
     _check_no_hooks(model)
+    _check_tokens(backend, examples)
     common = _common_prefix(examples) if share_prefix else None
     frozen = [
         e.prompt[: len(e.prompt) - 1 if common is None else min(common, len(e.prompt) - 1)]
@@ -100,6 +101,15 @@ def _check_no_hooks(model: Any) -> None:
         name: [h for h in (*point.fwd_hooks, *point.bwd_hooks) if not _passes_on(h)]
         for name, point in model.hook_dict.items()
     }
+    points = {id(point) for point in model.hook_dict.values()}
+    for name, module in model.named_modules():
+        own = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        strange = [hook for hook in own if not _of_a_library(hook)]
+        if strange and id(module) not in points:
+            raise ValueError(
+                f"model has torch hooks at {name!r}: they cannot be honoured where prompts are "
+                "frozen. Remove them (the handle that registering gave has remove())."
+            )
     hooked = [name for name, handles in found.items() if handles]
     if hooked:
         permanent = any(handle.is_permanent for handles in found.values() for handle in handles)
@@ -108,6 +118,23 @@ def _check_no_hooks(model: Any) -> None:
             f"model has hooks at {hooked[:3]}, {len(hooked)} in all: they cannot be honoured where "
             f"prompts are frozen. Call model.{reset}, or leave the block in which an intervention "
             "is applied_to it."
+        )
+
+
+def _of_a_library(hook: Any) -> bool:
+    """Whether a torch hook is one that loading or running a model leaves on its modules."""
+    module = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return module.split(".")[0] in ("transformer_lens", "transformers", "accelerate", "torch")
+
+
+def _check_tokens(backend: Backend, examples: Sequence[TokenisedExample]) -> None:
+    """Refuse tokens that the model has no embedding of, as of a tokenizer that is not its own."""
+    highest = max(max(e.prompt + e.answer) for e in examples)
+    if highest >= (known := backend.n_embeddings):
+        raise ValueError(
+            f"the tokenizer gives token {highest}, and the model embeds tokens 0 to {known - 1}: "
+            "it is another model's, or lacks special tokens (which TransformerLens then adds). "
+            "Save the model's own tokenizer beside it."
         )
 
 

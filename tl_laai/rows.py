@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -32,6 +33,8 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
 Row: TypeAlias = Mapping[str, Any]
+
+_LOG = logging.getLogger("tl_laai")
 
 
 @dataclass(frozen=True)
@@ -325,6 +328,25 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def replace_rows(
+    path: str | os.PathLike[str], rows: Sequence[Row], by: Sequence[str]
+) -> tuple[int, int]:
+    """Write rows instead of those that agree with one of them in `by`, behind all others.
+
+    Returns:
+        How many others there are, and how many were replaced.
+
+    Raises:
+        ValueError: As `write_rows`.
+    """
+    file = Path(path)
+    there = read_rows(file) if file.exists() and file.stat().st_size else []
+    own = {tuple(row.get(name) for name in by) for row in rows}
+    others = [row for row in there if tuple(row.get(name) for name in by) not in own]
+    write_rows(path, [*others, *rows])
+    return len(others), len(there) - len(others)
+
+
 @contextlib.contextmanager
 def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the right to write a file of rows; a second writer at the same time is refused.
@@ -333,21 +355,27 @@ def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
         >>> with only_writer("rows.jsonl"):  # doctest: +SKIP
         ...     append_rows("rows.jsonl", rows)
 
+    Where a file cannot be locked, that is said, and nothing is refused.
+
     Raises:
         ValueError: Another writer has the same file.
     """
-    import fcntl  # Windows has none, and figures are drawn there too
-
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as handle:
         try:
+            import fcntl  # Windows has none
+
             # The system lets go of it when the process ends, however it ends.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
                 f"{path} is being written by another process; wait for it, or give another file."
             ) from error
+        except (ImportError, OSError) as error:  # as file systems of some clusters say
+            _LOG.warning(
+                "%s cannot be locked here (%s): take care that nothing else writes it", path, error
+            )
         _LOCKED.add(handle)
         try:
             yield

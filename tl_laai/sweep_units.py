@@ -16,8 +16,8 @@ from tl_laai.fitting import fit_many
 from tl_laai.hooking import Position
 from tl_laai.models import load_model
 from tl_laai.penalties import SparseGroupLasso
-from tl_laai.prompts import PromptTemplate
-from tl_laai.tasks import Task
+from tl_laai.prompts import PromptTemplate, tokenise
+from tl_laai.tasks import Split, Task
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,23 @@ class SweepUnit:
         return shared | {"template": asdict(self.template)}
 
 
+def check_unit(model: Any, unit: SweepUnit) -> Split:
+    """The split of a unit, of which every prompt and answer fits into the model's context.
+
+    Raises:
+        ValueError: one does not, or has no tokens; the message names task and seed.
+    """
+    split = unit.task.split(train=unit.n_train, test=unit.n_test, seed=unit.seed)
+    try:
+        tokenise(model, [*split.train, *split.test], template=unit.template)
+    except ValueError as error:
+        raise type(error)(f"task {unit.task.name!r}, seed {unit.seed}: {error}") from error
+    return split
+
+
 def run_unit(model: Any, unit: SweepUnit) -> list[dict[str, Any]]:
     """The rows of one unit, one a layer."""
-    split = unit.task.split(train=unit.n_train, test=unit.n_test, seed=unit.seed)
+    split = check_unit(model, unit)
     penalty = SparseGroupLasso(unit.l1, unit.group) if unit.alpha is None else None
     fits = fit_many(
         model,

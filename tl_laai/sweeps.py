@@ -26,7 +26,7 @@ from tl_laai.penalties import SparseGroupLasso
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.rows import append_rows, check_rows_file, checked, complete_rows, only_writer
 from tl_laai.splits import integer
-from tl_laai.sweep_units import SweepUnit, run_by_name, run_unit
+from tl_laai.sweep_units import SweepUnit, check_unit, run_by_name, run_unit
 from tl_laai.tasks import Task, load_task
 
 UNREGULARISED_STEPS = 30
@@ -35,7 +35,7 @@ UNREGULARISED_STEPS = 30
 
 def sweep_layers(
     model: Any,
-    tasks: Sequence[str | Path | Task],
+    tasks: str | Path | Task | Iterable[str | Path | Task],
     *,
     out: str | os.PathLike[str],
     layers: Iterable[SupportsIndex] | None = None,
@@ -60,7 +60,7 @@ def sweep_layers(
 
     Args:
         model: a model, or the name or path of one; with `executor` a name, which workers load.
-        tasks: tasks, or names or paths of them.
+        tasks: tasks, or names or paths of them; one alone will do.
         out: file of rows, one JSON object a line.
         layers: None for all.
         seeds: of the splits.
@@ -93,6 +93,9 @@ def sweep_layers(
             "model is a loaded model, and executor is given: workers load models by name. Give "
             "the name or path that load_model takes."
         )
+    if isinstance(tasks, str | os.PathLike | Task):
+        tasks = [tasks]
+    tasks = list(tasks)
     # Rows are JSON, which has no numbers of NumPy's.
     given = None if layers is None else sorted({integer("layers", layer) for layer in layers})
     n_train, n_test = integer("n_train", n_train), integer("n_test", n_test)
@@ -160,6 +163,8 @@ def sweep_layers(
         tell()
         todo = [u for u in units if any((u.task.name, x, u.seed) not in found for x in chosen)]
         if executor is None:
+            for unit in todo:  # before the first is fitted
+                check_unit(loaded, unit)
             for unit in todo:
                 keep(run_unit(loaded, unit))
         elif name is not None:

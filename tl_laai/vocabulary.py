@@ -56,6 +56,12 @@ class Unembedding:
         return self.softcap * torch.tanh(logits / self.softcap)
 
 
+def logit_scale(config: Any) -> float:
+    """The factor on a Hugging Face model's logits: Cohere's multiplies, Granite's divides."""
+    scale = getattr(config, "logit_scale", None)
+    return float(1 if scale is None else scale) / float(getattr(config, "logits_scaling", 1.0))
+
+
 def slice_width(weight: Float[Tensor, "d_vocab d_model"]) -> int:
     """How many vocabulary entries one slice of the unembedding holds, whatever meets it.
 
