@@ -22,9 +22,11 @@ from tables import (
     CHOOSING_EVALUATIONS,
     MODEL,
     MORE,
+    TAUGHT,
     Row,
     answer_row,
     by_method,
+    differences,
     fitted_teacher,
     layers_of,
     markdown,
@@ -154,6 +156,8 @@ def show(rows: list[Row]) -> None:
     print(markdown(["exact match, %", *names], lines))
     print(seeds_of(rows))
     print(MORE)
+    others = ("few-shot", "fitted jointly", "plain sum", "tuned sum")
+    print(differences(found, names, [(TAUGHT, other) for other in others]) + "\n")
     for name in names:
         cells = [
             [f"{a:g}", *(

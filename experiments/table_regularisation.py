@@ -18,11 +18,14 @@ from common import FIGURES, RULES, parser, tasks
 from tables import (
     HALF_ALPHAS,
     MODEL,
+    MORE,
+    TAUGHT,
     Row,
     answer_row,
     average,
     by_method,
     described,
+    differences,
     fitted_teacher,
     layers_of,
     markdown,
@@ -119,6 +122,8 @@ def show(rows: list[Row]) -> None:
         )
     print(markdown(["exact match, %", *names, "mean", "heads", "zeros, %"], lines))
     print(seeds_of(rows))
+    print(MORE)
+    print(differences(found, names, [(f"{TAUGHT}, half", TAUGHT), (TAUGHT, "none")]))
 
 
 def main() -> None:

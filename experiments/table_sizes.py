@@ -18,10 +18,13 @@ from typing import Any
 from common import FIGURES, parser, tasks
 from tables import (
     ALPHA,
+    MORE,
+    TAUGHT,
     Row,
     answer_row,
     by_method,
     described,
+    differences,
     fitted_teacher,
     layers_of,
     markdown,
@@ -105,6 +108,11 @@ def show(rows: list[Row]) -> None:
             lines.append([model, method, *cells])
     print(markdown(["exact match, %", "", *names], lines))
     print(seeds_of(rows))
+    print(MORE)
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = by_method([row for row in rows if row["model"] == model], "task")
+        pairs = [(ours, "few-shot") for ours in ("fitted", TAUGHT)] + [(TAUGHT, "fitted")]
+        print(f"{model}\n\n{differences(found, names, pairs)}\n")
 
 
 def main() -> None:

@@ -185,6 +185,23 @@ def difference(ours: Mapping[Any, Row], theirs: Mapping[Any, Row], by: str | Non
     return f"{100 * it.difference:+.0f} ({100 * it.low:+.0f} to {100 * it.high:+.0f})"
 
 
+def differences(
+    found: Mapping[str, Mapping[str, Sequence[Row]]],
+    names: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+) -> str:
+    """Pairs of methods, in points on each task, over the seeds that both ran for."""
+    lines = []
+    for ours, theirs in pairs:
+        a, b = (
+            {name: {row["seed"]: row for row in own.get(name, ())} for name in names}
+            for own in (found.get(ours, {}), found.get(theirs, {}))
+        )
+        cells = [difference(a[name], b[name]) for name in names]
+        lines.append([f"{ours} - {theirs}", *cells])
+    return markdown(["difference in points", *names], lines)
+
+
 def seeds_of(rows: Sequence[Row]) -> str:
     """Which seeds have run, and what the intervals are over."""
     by_task: dict[str, set[int]] = {}

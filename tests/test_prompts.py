@@ -40,15 +40,17 @@ BOS = 0
 KENYA, PERU, CHAD = Example("Kenya", "Nairobi"), Example("Peru", "Lima"), Example("Chad", "X")
 
 
-def byte_tokenizer(*, merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    *, merges: tuple[tuple[str, str], ...] = (), by_word: bool = False
+) -> PreTrainedTokenizerFast:
     """One token a byte, and one a merge; puts a BOS first and drops every "~"."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = ["<s>", *alphabet, *("".join(merge) for merge in merges)]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.normalizer = normalizers.Replace("~", "")
-    # No regular expression: merges may cross from one word into the next.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Without a regular expression merges may cross from one word into the next.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_word)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", BOS)]
@@ -60,9 +62,14 @@ class StubModel:
     """The part of a model that tokenising needs, written as plainly as can be."""
 
     def __init__(
-        self, *, merges: tuple[tuple[str, str], ...] = (), n_ctx: int = 4096, bos: bool = True
+        self,
+        *,
+        merges: tuple[tuple[str, str], ...] = (),
+        by_word: bool = False,
+        n_ctx: int = 4096,
+        bos: bool = True,
     ) -> None:
-        self.tokenizer = byte_tokenizer(merges=merges)
+        self.tokenizer = byte_tokenizer(merges=merges, by_word=by_word)
         self.cfg = SimpleNamespace(n_ctx=n_ctx, default_prepend_bos=bos)
 
     def to_tokens(
@@ -232,6 +239,21 @@ def test_both_transformer_lens_classes_give_what_the_plain_stub_gives(
     assert tokenise_prompts(model, ["Q: Peru"]) == tokenise_prompts(plain, ["Q: Peru"])
     with pytest.raises(ValueError, match="more than the model's context of 60"):
         tokenise(model, [KENYA], demonstrations=[PERU, CHAD] * 9)
+
+
+@pytest.mark.parametrize("text", ["Q: {input}\nA:", "{input} ->"])
+def test_an_answer_ends_behind_demonstrations_in_the_tokens_that_theirs_end_in(text: str) -> None:
+    """GPT-2's rule: an empty line is one token at the end of a text, and two before a word."""
+    model = StubModel(merges=(("Ċ", "Ċ"),), by_word=True)
+    template = PromptTemplate(text).behind_demonstrations()
+    (shown,) = tokenise(model, [KENYA], template=template, demonstrations=[PERU])
+    assert model.read(shown.answer) == " Nairobi\n\n"
+    assert model.read(shown.answer[-1:]) == "\n"
+    (goes_on,) = tokenise_prompts(model, [template.render("Chad", [PERU, KENYA])])
+    whole = shown.prompt + shown.answer
+    assert goes_on[: len(whole)] == whole
+    (alone,) = tokenise(model, [KENYA], template=template)
+    assert model.read(alone.answer[-1:]) == "\n\n"
 
 
 def test_an_answer_that_tokenises_to_nothing_is_refused_by_name() -> None:

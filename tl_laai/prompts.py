@@ -267,6 +267,14 @@ def _tokenise_one(
             "output that this model's tokenizer knows"
         )
     answer = _continuation(model, prompt, text, answer_text + template.answer_end)
+    if demonstrations and template.answer_end == template.separator:
+        # As answers end in the prompt, where more follows: some tokenisers make other tokens of an
+        # empty line at the end of a text.
+        following = template.render(example.input)
+        whole = _ids(model, text + answer_text + template.answer_end + following)
+        tail = _ids(model, following, prepend_bos=False)
+        if whole[: len(prompt)] == prompt and whole[-len(tail) :] == tail:
+            answer = whole[len(prompt) : -len(tail)]
     _check_length(model, len(prompt) + len(answer), f"the prompt and answer of {example.input!r}")
     return TokenisedExample(prompt, answer, example.input, example.output)
 
