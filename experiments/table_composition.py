@@ -4,8 +4,9 @@
     python experiments/table_composition.py --from-rows     # print the table only
 
 Both parts and the composed task get ten examples each. All interventions are at one layer, chosen
-by cross-validation on the composed task's ten, like penalty and steps. The weights of the sum are
-the best of a grid on ten more composed examples (`tuned sum`); the plain sum has no such help.
+by cross-validation on the composed task's ten, like penalty and steps; the distilled fit of the
+composed task is at a layer of its own, which its teacher's answers choose. The weights of the sum
+are the best of a grid on ten more composed examples (`tuned sum`); the plain sum has no such help.
 """
 
 from __future__ import annotations
@@ -43,6 +44,17 @@ SEEDS = (0, 1, 2, 3, 4)
 N_TRAIN, N_VALIDATION, N_TEST = 10, 10, 100
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 NAME = "table_composition"
+# What stands first in the table; what the parts keep, and the grid, behind it.
+FIRST = (
+    "zero-shot",
+    "few-shot",
+    "first part alone",
+    "second part alone",
+    "plain sum",
+    "tuned sum",
+    "fitted jointly",
+    TAUGHT,
+)
 COMPOSED = ROOT.parent / "shared" / "data" / "composed"
 # Composed task -> its two parts among the rules.
 PARTS = {
@@ -147,6 +159,7 @@ def compute(groups: list[str], names: list[str], seeds: list[int]) -> None:
 
 def show(rows: list[Row]) -> None:
     found = by_method(rows, "task")
+    found = {method: found[method] for method in (*FIRST, *found) if method in found}
     names = list(dict.fromkeys(row["task"] for row in rows))
     lines = [
         [method, *(percent(own[name]) if name in own else "-" for name in names)]

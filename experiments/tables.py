@@ -221,7 +221,7 @@ def seeds_of(rows: Sequence[Row]) -> str:
     for (method, model), own in kinds.items():
         if _seeds_of_all_tasks(own) != _seeds_of_all_tasks(rows):
             seeds_run = sorted(_seeds_of_all_tasks(own))
-            whole += f" Of {method} on {model}: seeds {seeds_run} of all tasks that it ran on."
+            whole += f" Of {method}, {model}: seeds {seeds_run} alone."
     return whole
 
 
