@@ -72,7 +72,7 @@ class Backend(ABC):
         self.dtype, self.device = kind_of_weights(model)
         self.verified_length = 0
         # Its own modules are what runs: two threads would attend through each other's patterns.
-        self._at_work = threading.RLock()
+        self.at_work = threading.RLock()
         # Logits are what the unembedding makes of the last normalised residual times this.
         self.logit_scale = 1.0
 
@@ -223,7 +223,7 @@ class Backend(ABC):
             final.append(first_tensor(args, kwargs))
             raise _StopForward
 
-        with self._at_work:
+        with self.at_work:
             try:
                 for layer in range(self.n_layers):
                     for module, hook in (
@@ -282,7 +282,7 @@ class Backend(ABC):
             return forward
 
         attributes = [vars(self.attention(layer)) for layer in range(self.n_layers)]
-        with self._at_work:
+        with self.at_work:
             # Other libraries too put a forward of their own on a module.
             found = [own.get("forward") for own in attributes]
             try:

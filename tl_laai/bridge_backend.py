@@ -24,8 +24,12 @@ class BridgeBackend(Backend):
         own_table = getattr(attention.original_component, "embed_positions", None)
         self._has_own_tables = isinstance(own_table, Tensor)
         self.logit_scale = logit_scale(model.original_model.config)
-        self._adjacent_pairs = self._has_own_tables or bool(
-            getattr(model.cfg, "rotary_adjacent_pairs", False)
+        # Cohere's, since TransformerLens 4.
+        self._interleaved_tables = bool(getattr(model.cfg, "rotary_interleaved_cos_sin", False))
+        self._adjacent_pairs = (
+            self._has_own_tables
+            or self._interleaved_tables
+            or bool(getattr(model.cfg, "rotary_adjacent_pairs", False))
         )
         missing = [name for name in "qkvo" if getattr(attention, name, None) is None]
         if missing:
@@ -83,7 +87,8 @@ class BridgeBackend(Backend):
         size = cos.shape[-1]
         head, rest = x[..., :size], x[..., size:]
         if self._adjacent_pairs:
-            cos, sin = (t[..., : size // 2].repeat_interleave(2, dim=-1) for t in (cos, sin))
+            if not self._interleaved_tables:
+                cos, sin = (t[..., : size // 2].repeat_interleave(2, dim=-1) for t in (cos, sin))
             flipped = torch.stack((-head[..., 1::2], head[..., 0::2]), dim=-1).flatten(-2)
         else:
             flipped = torch.cat((-head[..., size // 2 :], head[..., : size // 2]), dim=-1)

@@ -124,9 +124,6 @@ def find_source(name_or_path: str | os.PathLike[str]) -> Source:
     if name and path.is_dir():  # Path("") is the current folder
         if not (path / "config.json").is_file():
             raise ValueError(unknown_model(name, "the folder has no config.json."))
-        if not any(_TOKENIZER_FILE.search(file.name) for file in path.iterdir()):
-            told = "the folder has no tokenizer; tokenizer.save_pretrained writes it there."
-            raise ValueError(unknown_model(name, told))
         return _read_marker(path) or Source(path.resolve().name, path)
     if path.is_file():
         with path.open("rb") as file:
@@ -138,6 +135,17 @@ def find_source(name_or_path: str | os.PathLike[str]) -> Source:
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or path.suffix == ".gguf":
         raise ValueError(unknown_model(name, "there is no such file or folder."))
     return Source(name)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a folder without a tokenizer, which loaders do in many words.
+
+    Raises:
+        ValueError: no file in it is one's.
+    """
+    if not any(_TOKENIZER_FILE.search(file.name) for file in folder.iterdir()):
+        told = "the folder has no tokenizer; tokenizer.save_pretrained writes it there."
+        raise ValueError(unknown_model(str(folder), told))
 
 
 def unknown_model(name: str, reason: str) -> str:

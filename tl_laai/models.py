@@ -14,7 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tl_laai.checkpoints import BUILT_IN, Source, find_source, quiet, unknown_model
+from tl_laai.checkpoints import (
+    BUILT_IN,
+    Source,
+    check_tokenizer,
+    find_source,
+    quiet,
+    unknown_model,
+)
 from tl_laai.fingerprints import (
     Fingerprint,
     compatible,
@@ -88,6 +95,8 @@ def load_model(
         )
     where = _checked_device(device) if device_map is None else None
     source = find_source(name_or_path)
+    if source.folder is not None:
+        check_tokenizer(source.folder)
     official_name = _official_name(source)
     hooked = official_name is not None and backend != "bridge" and where is not None
     if backend == "hooked" and not hooked:

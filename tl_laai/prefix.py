@@ -48,7 +48,8 @@ def freeze(
     if not examples:
         raise ValueError("examples is empty: give at least one tokenised example.")
     backend = backend_of(model)
-    _check_no_hooks(model)
+    with backend.at_work:  # else another thread's own hooks would be found
+        _check_no_hooks(model)
     _check_tokens(backend, examples)
     common = _common_prefix(examples) if share_prefix else None
     frozen = [
