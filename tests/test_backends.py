@@ -370,6 +370,20 @@ def test_positions_that_depend_on_a_prompts_length_are_not_mixed(
         freeze(model, [short, long])
 
 
+def test_positions_reach_far_enough_in_every_layer_whatever_ran_before(backend: str) -> None:
+    model = tiny_model(backend, "llama")
+
+    def stop(layer: int, _: Any) -> None:
+        if layer == 0:
+            raise InterruptedError
+
+    four, twenty = (torch.ones((1, n), dtype=torch.long) for n in (4, 20))
+    backend_of(model).capture(four, at_block=lambda _, __: None, at_attention=lambda _, __: None)
+    with pytest.raises(InterruptedError):  # the first block alone has seen twenty positions
+        backend_of(model).capture(twenty, at_block=stop, at_attention=lambda _, __: None)
+    freeze(model, oracle.random_examples([(9, 2)]))
+
+
 def test_threads_take_turns_on_one_model(backend: str) -> None:
     model = oracle.shared_model(backend, "llama")
     examples = [oracle.random_examples([(5 + 3 * i, 2)], seed=i) for i in range(3)]

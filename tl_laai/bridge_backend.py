@@ -132,8 +132,9 @@ class BridgeBackend(Backend):
             }
 
     def ensure_positions(self, length: int) -> None:
-        known = self._rotary.get(0)
-        if self._block_kwargs and (known is None or known[0].shape[0] >= length):
+        # A forward that was stopped at the first block has told of that block alone.
+        told_of_all = len(self._block_kwargs) == self.n_layers
+        if told_of_all and all(len(cos) >= length for cos, _ in self._rotary.values()):
             return
         size = min(self.n_ctx, max(64, 1 << (length - 1).bit_length()))
         tokens = torch.zeros((1, size), dtype=torch.long, device=self.device)
