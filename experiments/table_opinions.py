@@ -8,7 +8,8 @@ were chosen on other splits, but questions are shared by splits and groups, so m
 had a part in that choice. A fit learns from shares, in four orders of the options, over the whole
 vocabulary (`fitted, letters alone`: over the options' letters, for half as many steps); few-shot
 prompts and baselines see the first eight of its questions, each with its most frequent answer;
-`fitted on 8` sees the same eight, with their shares.
+`fitted on 8` sees the same eight, with their shares; `distilled` learns what the few-shot prompt
+answers to all of its questions.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BASELINES = (
     "function-vector",
 )
 LETTERS = "fitted, letters alone"
-PARTS = ("fits", LETTERS, "shuffled answers", *BASELINES)
+PARTS = ("fits", LETTERS, "distilled", "shuffled answers", *BASELINES)
 POLL = ROOT.parent / "shared" / "data" / "opinions" / "nonvoters_groups.jsonl"
 NAME = "table_opinions"
 
@@ -55,6 +56,7 @@ def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
     from tl_laai.baselines import METHODS, tune
     from tl_laai.controls import permuted_heads, random_direction, shuffled_shares
     from tl_laai.edits import Edit
+    from tl_laai.opinion_teachers import taught_questions
     from tl_laai.prompts import PromptTemplate
     from tl_laai.surveys import evaluate_opinions, mean_floor, uniform_floor
     from tl_laai.tasks import Example
@@ -76,6 +78,10 @@ def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
         }
     elif part == LETTERS:
         edits = {part: _fitted(model, asked(split.train, outside_weight=0.0), LETTERS_STEPS)}
+    elif part == "distilled":
+        shown = split.train[:N_SHOWN]
+        taught = taught_questions(model, split.train, shown, n_orders=N_ORDERS, seed=seed)
+        edits = {part: _fitted(model, asked(taught))}
     elif part == "shuffled answers":
         edits = {part: _fitted(model, asked(shuffled_shares(split.train, seed)))}
     else:

@@ -84,6 +84,7 @@ LEVELS = {
     "head_vectors": 9,
     "lessons": 9,
     "opinion_recipes": 9,
+    "opinion_teachers": 9,
     "paths": 9,
     "vectors": 9,
     "work": 9,

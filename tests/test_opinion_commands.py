@@ -46,7 +46,13 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
     saved = Intervention.from_pretrained("opinion")
     assert saved.layers == (1,)
     assert saved.provenance["opinions"]["group"] == "all"
-    assert saved.provenance["loss"] == {"outside_weight": 1}
+    assert saved.provenance["loss"] == {"outside_weight": 1, "objective": "answers"}
+    distilled = (*options, "--objective", "distill", "--out", "taught", "--json")
+    taught = json.loads(done("opinions", *arguments, *distilled).stdout)["results"]
+    assert taught["few_shot"] == results["few_shot"]
+    assert taught["fitted"] != results["fitted"]
+    loss = Intervention.from_pretrained("taught").provenance["loss"]
+    assert loss == {"outside_weight": 1, "objective": "distill"}
     words = ("opinions", *arguments, *options, "--outside-weight", 0, "--out", "letters", "--json")
     letters = json.loads(done(*words).stdout)["results"]
     assert letters["fitted"] != results["fitted"]
@@ -114,6 +120,7 @@ def test_more_questions_than_a_prompt_can_show_are_refused_before_the_fit(poll: 
             ("--group", "65+", "--train", 9, "--shots", 10),
             "--shots 10: few-shot prompts show fitted",
         ),
+        (("--group", "65+", "--objective", "distill", "--shots", 1), "show two questions or more"),
         (("--group", "65+", "--outside-weight", "inf"), "--outside-weight is inf; give a number"),
         (
             ("--group", "65+", "--layer", 1, "--alpha", 0.5, "--learning-rate", 0.1),

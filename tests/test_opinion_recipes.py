@@ -20,7 +20,7 @@ def test_a_recorded_poll_is_made_again_whatever_the_folder_holds(
     split = task.split(train=8, seed=3)
     poll = PollData(task, split, 2, 3, None, OpinionTemplate(answer_prefix="  "))
     kept = record_poll("gpt2", "auto", poll, outside_weight=0.5)
-    assert kept["loss"] == {"outside_weight": 0.5}
+    assert kept["loss"] == {"outside_weight": 0.5, "objective": "answers"}
     assert recorded_poll(kept) == poll
     parts = [kept, kept | {"loss": {"outside_weight": 1.0}}]  # the same questions all the same
     assert recorded_poll({"operation": "add", "parts": parts}) == poll

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tl_laai.interventions import Intervention
+    from tl_laai.opinions import OpinionQuestion
     from tl_laai.surveys import OpinionEvaluation
 
 OPINION_STEPS, OPINION_LEARNING_RATE = 90, 0.03  # half as many steps for letters alone
@@ -51,6 +52,10 @@ def opinions(
         float,
         typer.Option(min=0, help="Of naming no letter at all, in the loss; 0: letters alone."),
     ] = 1.0,
+    objective: Annotated[
+        Literal["answers", "distill"],
+        typer.Option(help="answers: the group's shares; distill: the model's own after --shots."),
+    ] = "answers",
     max_evaluations: Annotated[
         int | None,
         typer.Option(min=1, help="With a number as --layer: at most; 90, letters alone 45."),
@@ -68,6 +73,10 @@ def opinions(
     Floors are saying each option equally often, and repeating the fitted
     questions' mean by position. Few-shot prompts show the fitted questions,
     each answered with the letter of its most frequent option.
+
+    With --objective distill the few-shot prompt's answers to the fitted
+    questions are learnt, and no shares: laai opinions --group Republican
+    --model gemma-3-270m --layer 9 --shots 8 --objective distill
     """
     from tl_laai.polls import OpinionTask
 
@@ -79,6 +88,10 @@ def opinions(
         raise ValueError(f"--train {n_train} leaves {len(split.test)} to hold out; {remedy}")
     if shots is not None and shots > n_train:
         raise ValueError(f"--shots {shots}: few-shot prompts show fitted questions, {n_train} here")
+    if objective == "distill" and min(n_train, n_train if shots is None else shots) < 2:
+        raise ValueError(
+            "--objective distill learns from few-shot prompts: show two questions or more (--shots)"
+        )
     fixed = (
         None
         if layer == "auto"
@@ -106,16 +119,17 @@ def opinions(
     from tl_laai.selection import fit_auto
     from tl_laai.surveys import compare_opinions
 
+    poll = PollData(task, split, orders, seed, shots, DEFAULT_OPINION_TEMPLATE)
+    _check_few_shot(loaded, poll)
+    known = record_poll(model, backend, poll, outside_weight=outside_weight, objective=objective)
+    learnt = split.train if objective == "answers" else _taught(loaded, poll)
     examples = task.examples(
-        split.train,
+        learnt,
         n_orders=orders,
         seed=seed,
         template=DEFAULT_OPINION_TEMPLATE,
         outside_weight=outside_weight,
     )
-    poll = PollData(task, split, orders, seed, shots, DEFAULT_OPINION_TEMPLATE)
-    _check_few_shot(loaded, poll)
-    known = record_poll(model, backend, poll, outside_weight=outside_weight)
     if fixed is None:
         with display.row_bar("Cross-validating") as progress:
             fitted = fit_auto(
@@ -185,6 +199,22 @@ def evaluate_opinion_fit(
         except TooLongError as error:
             raise TooLongError(f"{error}, or leave few-shot out (--no-few-shot)") from error
     _show(poll.task.group, results, json, layer=intervention.layers[0])
+
+
+def _taught(model: Any, poll: PollData) -> tuple[OpinionQuestion, ...]:
+    """The fitted questions with the shares that few-shot prompts of them give."""
+    from tl_laai.opinion_teachers import taught_questions
+
+    with display.row_bar("Asking the few-shot prompt") as progress:
+        return taught_questions(
+            model,
+            poll.split.train,
+            poll.split.train[: poll.shots],
+            n_orders=poll.n_orders,
+            seed=poll.seed,
+            template=poll.template,
+            progress=progress,
+        )
 
 
 def _check_few_shot(model: Any, poll: PollData) -> None:

@@ -4,6 +4,7 @@ model, backend                     what to load
 opinions  group, source, digest    whose answers to which questions, and how they are asked
 split     train, orders, seed      the questions fitted on; the others are held out
 loss      outside_weight           how much it counts that an option is named at all
+          objective                answers: the group's shares; distill: the few-shot prompt's
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class PollData:
 
 
 def record_poll(
-    model: str, backend: str, poll: PollData, *, outside_weight: float
+    model: str, backend: str, poll: PollData, *, outside_weight: float, objective: str = "answers"
 ) -> dict[str, Any]:
     """What an opinion fit should keep as provenance: see the head of this file.
 
@@ -49,6 +50,7 @@ def record_poll(
         backend: as given to `load_model`.
         poll: its training questions are those fitted on, all others held out.
         outside_weight: of the fit's loss; see `OptionExample`.
+        objective: `answers`, or `distill` (`tl_laai.opinion_teachers`).
     """
     task = poll.task
     path = Path(task.source)
@@ -68,7 +70,7 @@ def record_poll(
             "seed": poll.seed,
             "shots": poll.shots,
         },
-        "loss": {"outside_weight": outside_weight},
+        "loss": {"outside_weight": outside_weight, "objective": objective},
     }
 
 
