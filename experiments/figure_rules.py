@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from common import FIGURES
 from matplotlib.figure import Figure
-from rules_shown import of_all_tasks
-from tables import TAUGHT, Row, by_method, interval
+from tables import TAUGHT, Row, by_method, interval, of_all_tasks
 
 from tl_laai.canvas import (
     WIDTH,
@@ -45,7 +44,7 @@ def picture(rows: Sequence[Row]) -> Figure:
     for i, (method, label) in enumerate(METHODS.items()):
         own = found[method]
         cells = [interval(own[name]) for name in names]
-        cells.append(interval(of_all_tasks(own, names), by="task"))
+        cells.append(interval(of_all_tasks(own, names), over_tasks=True))
         middle, low, high = np.array(cells).T
         looks = line_looks(i) | {"linestyle": "none", "markersize": 3.4}
         ax.errorbar(

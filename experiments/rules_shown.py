@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from common import tasks
+from common import FIGURES, tasks
 from tables import (
     MORE,
     TAUGHT,
@@ -13,11 +13,16 @@ from tables import (
     average,
     by_method,
     difference,
+    difference_over_tasks,
     markdown,
+    of_all_tasks,
     percent,
 )
 
+from tl_laai.rows import read_rows
+
 N_TRAIN, N_TEST = 10, 100
+MADE_UP = "made_up"  # rows of `made_up.py`
 # What fits choose from, and what they do not choose, was set on this split of these tasks.
 SET_ON = 100
 SET_ON_TASKS = (
@@ -38,13 +43,17 @@ OURS = (
     "distilled, every step",
     "distilled, half",
 )
-FIRST = ("zero-shot", "few-shot", "few-shot, fitted", *OURS, "penalised")
+FIRST = ("zero-shot", "few-shot", "few-shot, fitted", *OURS, "penalised", "penalised, weaker")
 OTHERS = (
     "zero-shot",
     "few-shot",
     "few-shot, fitted",
     "task-vector",
     "task-vector, begins right",
+    "function-vector, begins right",
+    "in-context-vector, begins right",
+    "mean-difference, begins right",
+    "inference-time-intervention, begins right",
     "learnt-heads",
     "lora",
     "ia3",
@@ -78,14 +87,14 @@ def show(rows: list[Row]) -> None:
         heads = [row["n_heads"] for row in whole if "n_heads" in row]
         moved = [row["kl_unrelated"] for row in whole if "kl_unrelated" in row]
         n_seeds = str(len({row["seed"] for row in whole}) or "-")
-        mean = percent(whole, by="task") if whole else "-"
+        mean = percent(whole, over_tasks=True) if whole else "-"
         lines.append([method, n_seeds, *cells, mean, average(heads), average(moved)])
     header = ["exact match, %", "seeds", *names, "mean", "heads", "KL elsewhere"]
     print(markdown(header, lines))
     print(
         "\nIn brackets 95 % bootstrap intervals: of a task over fits, then their examples (those "
         "that several seeds hold out count as several); of the mean, which is over the seeds that "
-        "ran for all tasks, over tasks, then examples. 0 to 0 says that no answer was right. KL "
+        "ran for all tasks, by Student's t over tasks. 0 to 0 says that no answer was right. KL "
         "elsewhere: nats by which the next token after unrelated text moves."
     )
     print(MORE)
@@ -93,24 +102,28 @@ def show(rows: list[Row]) -> None:
         norms = [row["norm"] for these in own.values() for row in these if "norm" in row]
         if norms:
             print(f"{method}: norms {min(norms):.1f} to {max(norms):.1f}")
-    made_up = {
-        name: [row["n_test_made_up"] for row in these]
-        for name, these in found.get("distilled", {}).items()
-    }
-    print(f"held-out inputs that the model made up and was taught on: {made_up}\n")
-    for method, column in (
-        ("penalised", "status"),
-        ("relaxed", "n_heads"),
-        ("relaxed, half", "n_heads"),
-        ("distilled, half", "n_heads"),
-        ("best by validation", "setting"),
-        ("learnt-heads", "setting"),
+    _without_made_up(found, names)
+    for method, column, part in (
+        ("penalised", "status", 0),
+        ("penalised", "setting", 2),
+        ("penalised, weaker", "status", 0),
+        ("penalised, weaker", "setting", 2),
+        ("relaxed", "n_heads", 0),
+        ("relaxed", "setting", 3),
+        ("relaxed, half", "n_heads", 0),
+        ("unregularised", "setting", 3),
+        ("distilled, half", "n_heads", 0),
+        ("best by validation", "setting", 0),
+        ("learnt-heads", "setting", 0),
+        ("function-vector", "setting", 1),
+        ("inference-time-intervention", "setting", 0),
+        ("in-context-vector", "setting", 0),
     ):
-        # Of a setting, what stands before the first comma: the objective, or how many heads.
-        values = [row[column] for own in found.get(method, {}).values() for row in own]
-        if not values:
-            continue
-        print(f"{method}: {dict(Counter(str(value).split(',')[0] for value in values))}")
+        # Of a setting, one of the parts between commas.
+        rows_of = [row for own in found.get(method, {}).values() for row in own]
+        values = Counter(str(row[column]).split(", ")[part] for row in rows_of)
+        if values:
+            print(f"{method}: {dict(values)}")
     for method in ("lora", "ia3"):
         # Learning rates and steps apart: either may be at the edge of what was offered.
         settings = [row["setting"] for own in found.get(method, {}).values() for row in own]
@@ -128,12 +141,36 @@ def show(rows: list[Row]) -> None:
             a, b = (_by_fit(found[method]) for method in (ours, other))
             shared = {key: a[key] for key in a.keys() & b.keys()}
             cells = [difference({k: r for k, r in shared.items() if k[0] == n}, b) for n in names]
-            own: dict[str, list[Row]] = {}
-            for row in shared.values():
-                own.setdefault(row["task"], []).append(row)
-            whole = {(row["task"], row["seed"]): row for row in of_all_tasks(own, names)}
-            lines.append([f"{ours} - {other}", *cells, difference(whole, b, by="task")])
+            cells.append(difference_over_tasks(a, b, names))
+            lines.append([f"{ours} - {other}", *cells])
     print(markdown(["difference in points", *names, "mean"], lines))
+
+
+def _without_made_up(found: dict[str, dict[str, list[Row]]], names: list[str]) -> None:
+    """Distilled fits on the held-out inputs that the model did not make up, and was not taught."""
+    path = FIGURES / f"{MADE_UP}.jsonl"
+    if not path.exists():
+        return
+    masks = {(row["task"], row["seed"]): row["made_up"] for row in read_rows(path)}
+    counts = {n: [sum(own) for (task, _), own in masks.items() if task == n] for n in names}
+    print(f"held-out inputs that the model made up, by seed: {counts}")
+
+    def kept(method: str) -> dict[tuple[str, int], Row]:
+        rows = {key: row for key, row in _by_fit(found.get(method, {})).items() if key in masks}
+        return {
+            key: row
+            | {"correct": [x for x, m in zip(row["correct"], masks[key], strict=True) if not m]}
+            for key, row in rows.items()
+        }
+
+    lines = []
+    for ours in (TAUGHT, "distilled"):
+        own = kept(ours)
+        for other in (method for method in OTHERS if method in found and method != ours):
+            lines.append([f"{ours} - {other}", difference_over_tasks(own, kept(other), names)])
+        whole = of_all_tasks({n: [r for k, r in own.items() if k[0] == n] for n in names}, names)
+        lines.append([ours, percent(whole, over_tasks=True)])
+    print(markdown(["without those, mean over tasks", "%"], lines) + "\n")
 
 
 def _also_set_on(rows: list[Row]) -> dict[str, list[int]]:
@@ -158,10 +195,3 @@ def _also_set_on(rows: list[Row]) -> dict[str, list[int]]:
 def _by_fit(rows: dict[str, list[Row]]) -> dict[tuple[str, int], Row]:
     """One method's rows by task and seed."""
     return {(name, row["seed"]): row for name, own in rows.items() for row in own}
-
-
-def of_all_tasks(own: dict[str, list[Row]], names: list[str]) -> list[Row]:
-    """The rows of those seeds that have one for every task, so that all tasks weigh the same."""
-    seeds = [{row["seed"] for row in own.get(name, [])} for name in names]
-    whole = set.intersection(*seeds)
-    return [row for name in names for row in own.get(name, []) if row["seed"] in whole]

@@ -22,7 +22,7 @@ from tables import (
     by_method,
     computed_elsewhere,
     described,
-    difference,
+    difference_over_tasks,
     distilled_row,
     finetuning,
     fitted_teacher,
@@ -105,13 +105,14 @@ def show(rows: list[Row]) -> None:
     print("\n\n".join(tables))
     print(
         seeds_of(rows)
-        + " Differences are over the tasks and seeds that both methods have."
+        + " Differences: Student's t over tasks, of seeds for which both methods have them all."
         + computed_elsewhere(rows)
     )
 
 
 def _differences(rows: list[Row], sizes: list[int]) -> str:
-    """Ours less every other method's, in points over all tasks, drawn by task."""
+    """Ours less every other method's, in points, mean over tasks."""
+    names = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     own = {
         (method, n): {
@@ -123,7 +124,10 @@ def _differences(rows: list[Row], sizes: list[int]) -> str:
         for n in sizes
     }
     lines = [
-        [f"{ours} - {other}", *(difference(own[ours, n], own[other, n], by="task") for n in sizes)]
+        [
+            f"{ours} - {other}",
+            *(difference_over_tasks(own[ours, n], own[other, n], names) for n in sizes),
+        ]
         for ours in OURS
         for other in methods
         if other not in OURS

@@ -39,6 +39,7 @@ BASELINES = (
     "function-vector",
 )
 LETTERS = "fitted, letters alone"
+OURS = ("fitted", "fitted on 8", "distilled")
 PARTS = ("fits", LETTERS, "distilled", "shuffled answers", *BASELINES)
 POLL = ROOT.parent / "shared" / "data" / "opinions" / "nonvoters_groups.jsonl"
 NAME = "table_opinions"
@@ -158,7 +159,7 @@ def show(rows: list[Row], measure: str) -> None:
     )
     print(MORE)
     lines = []
-    for ours in ("fitted", "fitted on 8") if "fitted" in found else ():
+    for ours in OURS if "fitted" in found else ():
         for other in (method for method in found if method != ours):
             cells = [
                 _interval(found[ours].get(g, []), found[other].get(g, []), measure) for g in groups

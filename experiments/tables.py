@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ MORE = "\n---\n"
 STEPS, N_FOLDS, ALPHA, CHOOSING_EVALUATIONS = (15, 30, 60), 2, 0.9, 15
 HALF_ALPHAS = (0.9, 0.7, 0.6, 0.5)
 TAUGHT_STEPS, LABEL_SHARE, TEACHER_STEPS = 45, 0.5, 5
+
+# Student's t at 97.5 %, by degrees of freedom from 1 on.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 TAUGHT = "distilled, fitted teacher"  # as `fit_auto` distils by default
 
@@ -141,25 +146,42 @@ def by_method(rows: Sequence[Row], column: str) -> dict[str, dict[str, list[Row]
     return found
 
 
-def interval(rows: Sequence[Row], by: str | None = None) -> tuple[float, float, float]:
+def interval(rows: Sequence[Row], *, over_tasks: bool = False) -> tuple[float, float, float]:
     """Mean exact match and the ends of its 95 % interval, in percent.
 
     Args:
         rows: a fit each.
-        by: the column whose values are drawn first, then examples; None draws fits first.
+        over_tasks: of the mean over tasks, of which these are a sample (Student's t); else fits
+            are drawn, then their examples (bootstrap).
     """
-    scores = [float(x) for row in rows for x in row["correct"]]
-    it = paired_bootstrap(scores, [0.0] * len(scores), _drawn_together(rows, by))
-    return 100 * it.difference, 100 * it.low, 100 * it.high
+    scores = [[float(x) for x in row["correct"]] for row in rows]
+    return _interval(scores, rows, over_tasks)
 
 
-def percent(rows: Sequence[Row], by: str | None = None) -> str:
+def _interval(
+    scores: Sequence[Sequence[float]], rows: Sequence[Row], over_tasks: bool
+) -> tuple[float, float, float]:
+    if not over_tasks:
+        flat, fits = ([*chain.from_iterable(x)] for x in (scores, _fit_of_each(scores)))
+        it = paired_bootstrap(flat, [0.0] * len(flat), fits)
+        return 100 * it.difference, 100 * it.low, 100 * it.high
+    of_tasks: dict[str, list[float]] = {}
+    for row, own in zip(rows, scores, strict=True):
+        of_tasks.setdefault(row["task"], []).append(100 * float(np.mean(own)))
+    means = np.array([np.mean(own) for own in of_tasks.values()])
+    middle = float(means.mean())
+    n = len(means)
+    half = _T[n - 2] * float(means.std(ddof=1)) / n**0.5 if n > 1 else math.nan
+    return middle, middle - half, middle + half
+
+
+def _fit_of_each(scores: Sequence[Sequence[float]]) -> list[list[int]]:
+    return [[i] * len(own) for i, own in enumerate(scores)]
+
+
+def percent(rows: Sequence[Row], *, over_tasks: bool = False) -> str:
     """The same as text."""
-    return "{:.0f} ({:.0f} to {:.0f})".format(*interval(rows, by))
-
-
-def _drawn_together(rows: Sequence[Row], by: str | None) -> list[Any]:
-    return [i if by is None else row[by] for i, row in enumerate(rows) for _ in row["correct"]]
+    return "{:.0f} ({:.0f} to {:.0f})".format(*interval(rows, over_tasks=over_tasks))
 
 
 def average(numbers: Sequence[float]) -> str:
@@ -175,14 +197,39 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def difference(ours: Mapping[Any, Row], theirs: Mapping[Any, Row], by: str | None = None) -> str:
+def difference(
+    ours: Mapping[Any, Row], theirs: Mapping[Any, Row], *, over_tasks: bool = False
+) -> str:
     """Mean difference of exact match in points over the fits that both have, as `percent`."""
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         return "-"
-    a, b = ([x for key in shared for x in rows[key]["correct"]] for rows in (ours, theirs))
-    it = paired_bootstrap(a, b, _drawn_together([ours[key] for key in shared], by))
-    return f"{100 * it.difference:+.0f} ({100 * it.low:+.0f} to {100 * it.high:+.0f})"
+    pairs = [
+        [float(a - b) for a, b in zip(ours[k]["correct"], theirs[k]["correct"], strict=True)]
+        for k in shared
+    ]
+    it = _interval(pairs, [ours[key] for key in shared], over_tasks)
+    return "{:+.0f} ({:+.0f} to {:+.0f})".format(*it)
+
+
+def difference_over_tasks(
+    ours: Mapping[tuple[str, int], Row],
+    theirs: Mapping[tuple[str, int], Row],
+    names: Sequence[str],
+) -> str:
+    """The same of the mean over tasks, from the seeds for which both have all of them."""
+    shared: dict[str, list[Row]] = {}
+    for key in sorted(ours.keys() & theirs.keys()):
+        shared.setdefault(key[0], []).append(ours[key])
+    whole = {(row["task"], row["seed"]): row for row in of_all_tasks(shared, names)}
+    return difference(whole, theirs, over_tasks=True)
+
+
+def of_all_tasks(own: Mapping[str, Sequence[Row]], names: Sequence[str]) -> list[Row]:
+    """The rows of those seeds that have one for every task, so that all tasks weigh the same."""
+    seeds = [{row["seed"] for row in own.get(name, [])} for name in names]
+    whole = set.intersection(*seeds)
+    return [row for name in names for row in own.get(name, []) if row["seed"] in whole]
 
 
 def differences(

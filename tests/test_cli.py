@@ -193,26 +193,22 @@ def test_fit_passes_every_option_on(
 ) -> None:
     given = {}
 
-    def spy(model: Any, examples: Any, **options: Any) -> None:
-        given.update(options, n=len(examples))
+    def spy(model: Any, problems: Any, **options: Any) -> None:
+        given.update(options, problems=problems)
         raise ValueError("seen")
 
-    monkeypatch.setattr(fitting, "fit", spy)
+    monkeypatch.setattr(fitting, "fit_many", spy)
     options = {"layer": 2, "l1": 0.25, "group": 0.5, "solver": "adam", "position": "every_step"}
     options |= {"max-evaluations": 7, "tolerance": 0.5, "learning-rate": 0.25, "train": 4}
     template = r"{input}\nto:"
     refused(laai(*fit_arguments(inside, **options, template=template, out=tmp_path / "x")), 2)
-    penalty = given.pop("penalty")
-    assert (penalty.l1, penalty.group) == (0.25, 0.5)
+    [problem] = given.pop("problems")
+    assert (problem.layer, problem.alpha, problem.l1_ratio) == (2, None, 0.0)
+    assert (problem.penalty.l1, problem.penalty.group) == (0.25, 0.5)
+    assert problem.provenance["split"]["train"] == len(problem.examples) == 4
     assert given.pop("template").text == "{input}\nto:"
-    assert given.pop("provenance")["split"]["train"] == given.pop("n") == 4
     assert callable(given.pop("callback"))
     assert given == {
-        "layer": 2,
-        "alpha": None,
-        "l1_ratio": 0.0,
-        "objective": "answers",
-        "distillation": None,
         "position": "every_step",
         "solver": "adam",
         "tolerance": 0.5,
@@ -518,7 +514,7 @@ def test_another_model_than_that_of_the_fit_is_refused(inside: Path, tmp_path: P
 def test_a_failed_run_ends_with_exit_code_1_and_one_line(
     inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
-    monkeypatch.setattr(fitting, "fit", raising(failure))
+    monkeypatch.setattr(fitting, "fit_many", raising(failure))
     message = refused(laai(*fit_arguments(inside, out=tmp_path / "out", alpha=0.5)), 1)
     assert message.split()[0] in (*str(failure).split(), "MemoryError")
     assert list(tmp_path.iterdir()) == []
@@ -527,7 +523,7 @@ def test_a_failed_run_ends_with_exit_code_1_and_one_line(
 def test_an_error_of_ours_is_not_hidden(
     inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "fit", raising(KeyError("a bug")))
+    monkeypatch.setattr(fitting, "fit_many", raising(KeyError("a bug")))
     result = laai(*fit_arguments(inside, out=tmp_path / "out", alpha=0.5))
     assert result.exit_code == 1
     assert isinstance(result.exception, KeyError)
@@ -647,6 +643,13 @@ def test_attribution_and_ablation_write_rows_that_can_be_drawn(
     table = done("ablate", "upper", "--test", 4, "--out", out).stdout
     assert "cumulative" in table
     done("figure", out, "--out", tmp_path / "ablation.pdf")
+    again = "0 others kept"
+    assert again in done("ablate", "upper", "--test", 4, "--out", out).stderr
+    (0.5 * Intervention.from_pretrained("upper")).save_pretrained(tmp_path / "weak")
+    rows = out.read_bytes()
+    message = refused(laai("ablate", tmp_path / "weak", "--test", 4, "--out", out), 2)
+    assert "holds the ablation of another intervention on 'upper' (at layer" in message
+    assert out.read_bytes() == rows
     both = tmp_path / "both.jsonl"
     both.write_bytes(out.read_bytes() + (tmp_path / "attribution.jsonl").read_bytes())
     words = ("figure", both, "--out", tmp_path / "both.pdf")

@@ -166,6 +166,13 @@ def test_equality_looks_at_tensors_dtype_rule_and_model_but_not_at_provenance() 
         hash(one)
 
 
+def test_the_built_in_sum_adds_several() -> None:
+    one = Intervention({0: torch.ones(2, 3)})
+    assert sum([one, one]) == one + one  # type: ignore[comparison-overlap]  # sum's type is wide
+    with pytest.raises(TypeError):
+        0.5 + one
+
+
 def test_provenance_of_a_sum_and_of_a_multiple_tells_the_parts() -> None:
     a = Intervention({0: torch.ones(2, 3)}, provenance={"task": "a"})
     b = Intervention({0: torch.ones(2, 3)}, provenance={"task": "b"})

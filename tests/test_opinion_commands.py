@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,9 +49,19 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
     assert saved.provenance["opinions"]["group"] == "all"
     assert saved.provenance["loss"] == {"outside_weight": 1, "objective": "answers"}
     distilled = (*options, "--objective", "distill", "--out", "taught", "--json")
-    taught = json.loads(done("opinions", *arguments, *distilled).stdout)["results"]
+    told = json.loads(done("opinions", *arguments, *distilled).stdout)
+    for name, apart in told["kl_from_few_shot"].items():
+        shares = zip(*(told["results"][n]["rows"] for n in ("few_shot", name)), strict=True)
+        pairs = [zip(a["predicted"], b["predicted"], strict=True) for a, b in shares]
+        kls = [sum(p * math.log(p / q) for p, q in pair) for pair in pairs]
+        assert apart == pytest.approx(sum(kls) / len(kls))
+    assert (told["layer"], told["out"]) == (1, "taught")
+    assert {"heads", "solution", "penalty", "opinions", "split", "loss"} <= told.keys()
+    taught = told["results"]
     assert taught["few_shot"] == results["few_shot"]
     assert taught["fitted"] != results["fitted"]
+    table = done("evaluate", "taught").stdout
+    assert f"intervened {told['kl_from_few_shot']['fitted']:.4f}" in table
     loss = Intervention.from_pretrained("taught").provenance["loss"]
     assert loss == {"outside_weight": 1, "objective": "distill"}
     words = ("opinions", *arguments, *options, "--outside-weight", 0, "--out", "letters", "--json")
@@ -64,6 +75,7 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
     assert max(map(len, table.splitlines())) <= 80
     assert "training mean  0.000 [.00, .00]" in table
     assert "few-shot" not in table
+    assert "Not saved: --out FOLDER" in table
 
 
 def test_a_saved_opinion_fit_is_evaluated_on_the_same_questions_again(
@@ -74,14 +86,15 @@ def test_a_saved_opinion_fit_is_evaluated_on_the_same_questions_again(
     out = tmp_path / "opinion"
     first = json.loads(done("opinions", *arguments, *options, "--out", out, "--json").stdout)
     monkeypatch.chdir(tmp_path)  # from any folder
-    assert json.loads(done("evaluate", out, "--json").stdout) == first
+    shown = json.loads(done("evaluate", out, "--json").stdout)
+    assert shown == {name: first[name] for name in ("group", "results", "layer")}
     table = done("evaluate", out, "--no-few-shot").stdout
     assert "all: 4 held-out questions" in table
     assert "few-shot" not in table
     assert "are for tasks" in refused(laai("evaluate", out, "--test", 3), 2)
     fitted = Intervention.from_pretrained(out)
     (0.5 * fitted + 0.5 * fitted).save_pretrained(tmp_path / "mean")
-    assert json.loads(done("evaluate", tmp_path / "mean", "--json").stdout) == first
+    assert json.loads(done("evaluate", tmp_path / "mean", "--json").stdout) == shown
     other = replace(fitted, provenance={**fitted.provenance, "split": {"train": 5}})
     (fitted + other).save_pretrained(tmp_path / "sum")
     message = refused(laai("evaluate", tmp_path / "sum"), 2)

@@ -17,6 +17,7 @@ def test_a_layer_that_is_no_number_is_refused_with_the_option_and_what_it_takes(
 
 def test_a_backslash_and_an_n_become_a_newline() -> None:
     assert options.newlines(r"Q: a\nA:") == "Q: a\nA:"
+    assert options.newlines(r"\\nabla of \phi\n") == "\\nabla of \\phi\n"
 
 
 def test_what_the_library_logs_is_shown_on_standard_error(

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from tiny import tiny_model
 
 from tl_laai.distributions import mean_distribution
+from tl_laai.evaluation import evaluate
+from tl_laai.fitting import fit
 from tl_laai.opinions import OptionExample
 from tl_laai.problems import engine_for
 from tl_laai.prompts import PromptTemplate, TaughtExample, tokenise
-from tl_laai.tasks import Example
+from tl_laai.selection import fit_auto
+from tl_laai.tasks import Example, Task
 from tl_laai.vocabulary import Unembedding
 
 TEMPLATE = PromptTemplate(answer_prefix="", answer_end="")
@@ -94,6 +97,23 @@ def test_option_shares_are_those_of_a_plain_forward(model: Any, position: Any) -
 def test_options_among_answers_are_refused(model: Any) -> None:
     with pytest.raises(TypeError, match="OptionExamples alone"):
         engine_for(model, [[LABELLED, OPTIONS[0]]], layers=[0])
+
+
+def test_what_is_no_sequence_of_examples_is_refused_with_what_to_give(model: Any) -> None:
+    task = Task.load("antonym")
+    wrong = {
+        "a Task; give some of its examples": task,
+        "a Split; give some of its examples": task.split(train=4),
+        "holds {'input'.* give Example": [{"input": "a", "output": "b"}],
+    }
+    for message, examples in wrong.items():
+        for call in (
+            lambda it: fit(model, it, layer=0, alpha=0.5, max_evaluations=1),
+            lambda it: fit_auto(model, it),
+            lambda it: evaluate(model, it),
+        ):
+            with pytest.raises(TypeError, match=f"examples (is )?{message}"):
+                call(examples)
 
 
 def test_an_option_of_several_tokens_is_refused(model: Any) -> None:

@@ -175,7 +175,7 @@ merge_sets = st.lists(
     st.tuples(st.sampled_from(":ĊAQaeiĠ"), st.sampled_from(":ĊĠNnaei")), unique=True, max_size=6
 )
 words = st.text("aeinNĠ :{}é\n", min_size=1, max_size=8).filter(str.strip)
-one_line = words.filter(lambda text: "\n" not in text.strip())
+one_line = words.filter(lambda text: "\n" not in text.strip() and not text[0].isspace())
 
 
 @given(merges=merge_sets, pairs=st.lists(st.tuples(words, one_line), min_size=1, max_size=4))
@@ -381,6 +381,22 @@ def test_an_answer_ends_as_the_template_says(
     template: PromptTemplate, demonstrated: bool, text: str, answer: str
 ) -> None:
     assert decoded_answer(text, template.ends(demonstrated=demonstrated)) == answer
+
+
+def test_an_output_with_a_space_of_its_own_behind_the_templates_is_refused() -> None:
+    spaced = [Example("a", " i")]
+    with pytest.raises(ValueError, match=r"output ' i' begins with white space.* give 'i'"):
+        tokenise(StubModel(), spaced)
+    own, usual = PromptTemplate(answer_prefix=""), [Example("a", "i")]
+    assert tokenise(StubModel(), spaced, template=own)[0].answer == (
+        tokenise(StubModel(), usual)[0].answer
+    )
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for thing in ("gpt2", object()):
+        with pytest.raises(TypeError, match=r"model is a (str|object); expected a TransformerLens"):
+            tokenise(thing, [Example("a", "i")])  # type: ignore[arg-type]  # on purpose
 
 
 def test_an_answer_that_would_begin_with_a_newline_is_refused() -> None:

@@ -106,6 +106,22 @@ def test_a_task_file_that_has_changed_is_refused_unless_it_is_given(tmp_path: Pa
     assert not recorded_data(provenance, task=str(file)).origin_known
 
 
+def test_a_task_file_that_is_gone_is_named_as_that_of_the_fit(tmp_path: Path) -> None:
+    file = save(tmp_path / "mine.json", SMALL.examples)
+    provenance = record("gpt2", "auto", draw(load_task(file), train=4))
+    Path(file).rename(tmp_path / "moved.json")
+    with pytest.raises(FileNotFoundError, match=r"mine.json, is not there any more.*--task"):
+        recorded_data(provenance)
+    assert recorded_data(provenance, task=str(tmp_path / "moved.json")).origin_known
+
+
+def test_an_opinion_fit_has_seen_no_example_of_any_task() -> None:
+    provenance = {"opinions": {"group": "adults"}, "split": {"train": 4}}
+    with pytest.raises(ValueError, match="fitted on opinions, which have no right answers"):
+        recorded_data(provenance)
+    assert recorded_data(provenance, task="antonym", test=5).origin_known
+
+
 def test_what_was_fitted_on_is_not_held_out_of_a_file_of_another_name(tmp_path: Path) -> None:
     few = save(tmp_path / "few.json", SMALL.examples[:6])
     many = save(tmp_path / "many.json", SMALL.examples)

@@ -156,6 +156,12 @@ def test_an_in_context_vector_is_the_main_direction_from_inputs_to_outputs(model
         torch.testing.assert_close(edit.residual[layer], expected, rtol=1e-6, atol=1e-8)
 
 
+def test_an_in_context_vector_needs_outputs_that_are_not_their_inputs(model: Any) -> None:
+    same = [replace(e, output=e.input) for e in EXAMPLES]
+    with pytest.raises(ValueError, match="outputs are their inputs"):
+        InContextVector().candidates(model, same, [Setting(strength=0.2)])
+
+
 def test_a_mean_difference_is_right_less_wrong_answers(model: Any) -> None:
     wrong = shuffled_answers(EXAMPLES, 0)
     setting = Setting(layer=2, strength=3.0)

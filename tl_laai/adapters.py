@@ -30,8 +30,9 @@ class AdapterConfig:
     """Which weights are trained.
 
     Attributes:
-        method: `lora` (Hu et al. 2021: low-rank additions to weight matrices) or `ia3` (Liu et
-            al. 2022: factors on keys, values and inner MLP activations).
+        method: `lora` (Hu et al. 2021: low-rank additions to weight matrices) or `ia3` (factors on
+            activations: Liu et al. 2022 have them on keys, values and inside the MLP; peft, whose
+            choice for a family is taken, on queries instead of keys for some, Gemma 3 among them).
         rank: of LoRA's additions, which are scaled by `alpha / rank = 2`; IA3 has none.
         target_modules: names of LoRA's layers, or "all-linear"; None for peft's own choice for
             the model's family (queries and values in most). IA3 always takes peft's.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -27,8 +28,13 @@ from tl_laai.options import (
     load_for,
 )
 from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw
-from tl_laai.rows import check_rows_file, replace_rows
+from tl_laai.rows import check_rows_file, read_rows, replace_rows
 from tl_laai.tasks import load_task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tl_laai.interventions import Intervention
 
 
 def sweep(
@@ -68,6 +74,10 @@ def sweep(
                 executor=executor,
                 progress=progress,
             )
+    except KeyboardInterrupt:
+        kept = f"Stopped. The rows so far are in {out}; the same command goes on from there."
+        display.message(kept, style="yellow")
+        raise
     finally:
         if executor is not None:
             executor.shutdown(cancel_futures=True)
@@ -138,7 +148,11 @@ def ablate(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """What each head of an intervention carries: without it, it alone, strongest first.
+    """What each head of an intervention carries.
+
+    "without" one head, with "only" one, "cumulative": with its strongest, one
+    more a row; for comparison without the intervention, the model's own output
+    of one head at the last prompt token put to "zero", or to its "mean".
 
     A file given as --out keeps its rows of other tasks.
     """
@@ -148,6 +162,9 @@ def ablate(
         check_rows_file(out, "ablation")
     intervention = Intervention.from_pretrained(folder)
     data, template = held_out(intervention, task=task, test=test)
+    which = {"task": data.task.name, "intervention": _digest(intervention)}
+    if out is not None:
+        _check_ablated(out, which)
     loaded = load_for(intervention, model, None)
     from tl_laai.attribution import ablate_heads
     from tl_laai.fingerprints import fingerprint
@@ -158,7 +175,7 @@ def ablate(
         {
             "kind": "ablation",
             "model": fingerprint(loaded).name,
-            "task": data.task.name,
+            **which,
             "layer": intervention.layers[0],
             "variant": ablation.variant,
             "heads": list(ablation.heads),
@@ -169,7 +186,7 @@ def ablate(
         for ablation in ablations
     ]
     if out is not None:
-        _tell_replaced(out, replace_rows(out, rows, by=("task",)))
+        _tell_replaced(out, replace_rows(out, rows, by=tuple(which)))
     if json:
         display.show_json({"rows": rows})
         return
@@ -182,7 +199,7 @@ def ablate(
         )
         for row in rows
     ]
-    display.show(display.text_table(("variant", "heads", "exact match", "loss (nats)"), cells))
+    display.show(display.text_table(("variant", "heads", "exact match", "-log p of answer"), cells))
 
 
 def figure(
@@ -193,13 +210,29 @@ def figure(
 ) -> None:
     """Draw rows: a layer sweep, Delta's values, a path, an attribution map, an ablation."""
     from tl_laai import figures
-    from tl_laai.rows import read_rows
 
     chosen = [row for row in read_rows(rows) if task in (None, row.get("task"))]
     if not chosen:
         raise ValueError(f"--task {task}: {rows} holds no rows of it")
     figures.save(figures.draw(chosen, kind), out)
     display.say(f"Drawn to {out}")
+
+
+def _digest(intervention: Intervention) -> str:
+    """Tells the rows of one intervention from those of another, whatever they are called."""
+    values = [delta.double().numpy().tobytes() for delta in intervention.deltas.values()]
+    return hashlib.sha256(b"".join(values)).hexdigest()[:16]
+
+
+def _check_ablated(out: Path, which: Mapping[str, str]) -> None:
+    """Refuse, before the work, to put one ablation in the place of another's rows."""
+    rows = read_rows(out) if out.exists() and out.stat().st_size else []
+    for row in rows:
+        if row.get("task") == which["task"] and row.get("intervention") != which["intervention"]:
+            raise ValueError(
+                f"--out: {out} holds the ablation of another intervention on {which['task']!r} (at "
+                f"layer {row.get('layer')}), and a picture shows one: give another file"
+            )
 
 
 def _tell_replaced(out: Path, counts: tuple[int, int]) -> None:

@@ -28,8 +28,10 @@ from tl_laai.vectors import FunctionVector, InContextVector, MeanDifference, Tas
 _LOG = logging.getLogger("tl_laai")
 
 # Default grids were widened until what cross-validation chose from ten examples of eight rule tasks
-# (Gemma 3 270M, one seed) lay inside most of them: methods get that much help from us there. Learnt
-# heads still take the most that they are offered, half of all, in most fits.
+# (Gemma 3 270M, one seed) lay inside most of them: methods get that much help from us there. Over
+# five seeds some still take an end often: learnt heads the most heads in 32 of 40 fits, function
+# vectors in 21, the probes of inference-time intervention in 17; in-context vectors the least
+# strength in 14.
 METHODS: Mapping[str, Method] = {
     "function-vector": FunctionVector(),
     "task-vector": TaskVector(),
@@ -87,7 +89,7 @@ def tune(
     Example:
         >>> tuned = tune(model, split.train, METHODS["function-vector"])  # doctest: +SKIP
         >>> str(tuned.setting)  # doctest: +SKIP
-        'layer 7, n heads 10, strength 1'
+        'layer 7, n heads 16, strength 1'
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`; left as found.

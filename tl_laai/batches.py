@@ -29,6 +29,7 @@ from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.relaxation import LEARNING_RATE, Relaxed, relax
 from tl_laai.solvers import Progress, Solution, Status, adam, proximal_gradient
 from tl_laai.splits import integer
+from tl_laai.tasks import check_examples
 
 Solver = Literal["proximal", "adam"]
 
@@ -59,7 +60,8 @@ class FitProblem:
         weights: of the examples in the loss, divided by their sum; None for all alike.
 
     Raises:
-        TypeError: a layer that is no integer (NumPy's will do), or provenance that is no JSON.
+        TypeError: a layer that is no integer (NumPy's will do), provenance that is no JSON, or a
+            whole task.
     """
 
     examples: Sequence[FitExample]
@@ -73,6 +75,7 @@ class FitProblem:
 
     def __post_init__(self) -> None:
         # The intervention would refuse both, but only once the fit is done.
+        check_examples("examples", self.examples)
         object.__setattr__(self, "layer", integer("layer", self.layer))
         json_provenance(self.provenance)
 

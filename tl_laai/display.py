@@ -247,6 +247,10 @@ def show_opinions(group: str, results: Mapping[str, OpinionEvaluation]) -> None:
     show(text_table(("", "KL (nats)", "total variation", "Wasserstein", "outside"), cells))
 
 
+def _solver_of(fitted: Fit) -> str:
+    return str(fitted.intervention.provenance["solver"]["solver"])
+
+
 def show_fit(fitted: Fit) -> None:
     """Print how a fit went and what it found; that it has not converged is said loudly."""
     solution, penalty = fitted.solution, fitted.penalty
@@ -258,6 +262,9 @@ def show_fit(fitted: Fit) -> None:
         table.add_row("status", Text(f"converged after {n} evaluations", style="green"))
     elif status == "early_stopped":
         table.add_row("status", f"relaxed, stopped after {n} evaluations, as asked for")
+    elif status == "max_evaluations" and _solver_of(fitted) == "adam":
+        # One more evaluation than steps tells where the last one led.
+        table.add_row("status", f"stopped after {n - 1} steps of Adam, as asked for")
     else:
         text = f"NOT CONVERGED ({status}) after {n} evaluations: stationarity "
         table.add_row("status", Text(text + f"{solution.stationarity:.2g}", style="bold yellow"))

@@ -23,7 +23,7 @@ from tl_laai.prompts import (
     decoded_answer,
     tokenise,
 )
-from tl_laai.tasks import Example, check_disjoint
+from tl_laai.tasks import Example, check_disjoint, check_examples
 
 # Prompts of unlike lengths are answered apart where together they would be padded to more.
 _PADDED_TOKENS = 8192
@@ -155,6 +155,8 @@ def evaluate_edits(
     Returns:
         name -> evaluation.
     """
+    check_examples("examples", examples)
+    check_examples("demonstrations", demonstrations)
     if not examples:
         raise ValueError("examples is empty: give at least one example to evaluate on.")
     if max_new_tokens is not None and max_new_tokens < 1:

@@ -198,7 +198,7 @@ def regularisation_path(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
 
 @styled
 def ablation_bars(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
-    """What each head of an intervention carries: exact match in bars, loss above.
+    """What each head of an intervention carries: exact match in bars, surprisal above.
 
     Heads stand in the order of the cumulative rows, strongest first. Lines across show the whole
     intervention and none. A bar that is missing in the rows is left out.
@@ -211,7 +211,7 @@ def ablation_bars(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
         ax: Where to draw (a panel is added above it), or None for a new figure.
 
     Returns:
-        The axes of exact match; the panel of the loss is `ax.child_axes[0]`.
+        The axes of exact match; the panel of the answers' surprisal is `ax.child_axes[0]`.
 
     Raises:
         ValueError: There are no rows, they break the schema, or a row names the wrong number of
@@ -258,7 +258,7 @@ def ablation_bars(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
     ax.set(xlabel="head, strongest first", ylabel="exact match (%)", ylim=(0, 103))
     ax.set_xlim(-0.6, len(order) - 0.4)
     label_axis(ax.xaxis, order, 32)
-    panel.set(ylabel="loss")
+    panel.set(ylabel="surprisal (nats)")
     notes = (
         f"{rows[0]['task']}; layer {rows[0]['layer']}; n = {_range(rows, 'n')} held-out examples"
     )

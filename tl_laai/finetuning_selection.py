@@ -84,7 +84,7 @@ def tune_fine_tuning(
     Example:
         >>> chosen = tune_fine_tuning(model, split.train)  # doctest: +SKIP
         >>> chosen.learning_rate, chosen.steps  # doctest: +SKIP
-        (0.0001, 40)
+        (0.0003, 40)
 
     Args:
         model: as for `fine_tune`.

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from tl_laai.batches import Fit
     from tl_laai.candidates import Candidate
     from tl_laai.distillation import Distillation
-    from tl_laai.objectives import ObjectiveName
     from tl_laai.penalties import SparseGroupLasso
     from tl_laai.prompts import PromptTemplate
     from tl_laai.tasks import Example
@@ -131,7 +130,9 @@ def fit(
     """Fit an intervention on a few examples of a task, and save it to a folder."""
     data = draw(load_task(task), train=train, test=test, seed=seed)
 
-    from tl_laai.fitting import fit as fit_one
+    from tl_laai.batches import FitProblem
+    from tl_laai.distillation import prepare
+    from tl_laai.fitting import fit_many, taught_problem
     from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
     from tl_laai.solvers import check_positive
 
@@ -201,18 +202,20 @@ def fit(
             quiet=json,
         )  # fmt: skip
     else:
-        title = f"Fitting layer {layer} on {train} examples"
+        share = alphas[0] if alphas else None
+        problem = FitProblem(
+            data.train, cast("int", fixed), weights, share, l1_ratio, provenance=known
+        )
+        if objective == "distill":
+            with display.step("Asking the few-shot teacher"):
+                lesson = prepare(loaded, data.train, distillation, template=prompt)
+            problem = taught_problem(problem, lesson)
+        title = f"Fitting layer {layer} on {len(problem.examples)} examples"
         limit = max_evaluations or DEFAULT_EVALUATIONS
         with display.solver_bar(title, limit + (relax + 1 if relax else 0)) as bar:
-            fitted = fit_one(
+            [fitted] = fit_many(
                 loaded,
-                data.train,
-                layer=cast("int", fixed),
-                penalty=weights,
-                alpha=alphas[0] if alphas else None,
-                l1_ratio=l1_ratio,
-                objective=cast("ObjectiveName", objective),
-                distillation=distillation,
+                [problem],
                 position=position,
                 template=prompt,
                 solver=solver,
@@ -220,7 +223,6 @@ def fit(
                 max_evaluations=limit,
                 learning_rate=learning_rate,
                 relax_steps=relax or 0,
-                provenance=known,
                 callback=bar,
             )
     fitted.intervention.save_pretrained(out)

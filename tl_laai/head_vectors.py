@@ -147,8 +147,8 @@ def probe_logits(
 class LearntHeads(Method):
     """Learnt offsets for K heads over all layers: few, joint, by Adam on the answers' loss.
 
-    Heads are chosen by the norm of the loss's gradient with respect to their offset at zero
-    (`tl_laai.attribution`); then the offsets of the chosen ones are learnt together.
+    Heads are chosen by the norm of the loss's gradient with respect to an offset at the last prompt
+    token, at zero (`tl_laai.attribution`); then the offsets of the chosen ones are learnt together.
 
     After Yin, Ye & Durrett, "LoFiT: Localized Fine-tuning on LLM Representations", NeurIPS 2024,
     who choose heads by the norm of learnt scales and shift every position.

@@ -200,6 +200,10 @@ class Intervention:
     def __add__(self, other: Intervention) -> Intervention:
         return self.add(other) if isinstance(other, Intervention) else NotImplemented
 
+    def __radd__(self, other: object) -> Intervention:
+        """Lets `sum` add several, which begins with 0."""
+        return self if other == 0 and isinstance(other, int) else NotImplemented
+
     def __sub__(self, other: Intervention) -> Intervention:
         return self.add(-other) if isinstance(other, Intervention) else NotImplemented
 

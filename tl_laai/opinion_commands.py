@@ -19,6 +19,7 @@ from tl_laai.options import (
     load,
     load_for,
 )
+from tl_laai.recipes import agreed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,8 +76,9 @@ def opinions(
     each answered with the letter of its most frequent option.
 
     With --objective distill the few-shot prompt's answers to the fitted
-    questions are learnt, and no shares: laai opinions --group Republican
-    --model gemma-3-270m --layer 9 --shots 8 --objective distill
+    questions are learnt; of the group it sees the favourites alone of those
+    shown: laai opinions --group Republican --model gemma-3-270m --layer 9
+    --shots 8 --objective distill
     """
     from tl_laai.polls import OpinionTask
 
@@ -163,12 +165,20 @@ def opinions(
             shots=shots,
             template=DEFAULT_OPINION_TEMPLATE,
         )
-    _show(group, results, json, layer=fitted.layer)
+    distilled = objective == "distill"
     if json:
+        kept = fitted.intervention.provenance
+        shown = {name: kept[name] for name in ("solution", "penalty", "opinions", "split", "loss")}
+        heads = display.head_norms(fitted.intervention)
+        saved = {"out": None if out is None else str(out), "heads": heads}
+        _show(group, results, json, distilled, layer=fitted.layer, **saved, **shown)
         return
+    _show(group, results, json, distilled, layer=fitted.layer)
     display.show_fit(fitted)
     if out is not None:
         display.say(f"Saved to {out}. Next: laai evaluate {out}")
+    else:
+        display.say("Not saved: --out FOLDER keeps the intervention.")
 
 
 def evaluate_opinion_fit(
@@ -198,7 +208,8 @@ def evaluate_opinion_fit(
             )
         except TooLongError as error:
             raise TooLongError(f"{error}, or leave few-shot out (--no-few-shot)") from error
-    _show(poll.task.group, results, json, layer=intervention.layers[0])
+    distilled = agreed(intervention.provenance, "loss", "objective") == "distill"
+    _show(poll.task.group, results, json, distilled, layer=intervention.layers[0])
 
 
 def _taught(model: Any, poll: PollData) -> tuple[OpinionQuestion, ...]:
@@ -238,9 +249,27 @@ def _check_few_shot(model: Any, poll: PollData) -> None:
         raise TooLongError(f"{error} than {len(shown)} (--shots), or none (--shots 0)") from error
 
 
-def _show(group: str, results: Mapping[str, OpinionEvaluation], json: bool, *, layer: int) -> None:
+def _show(
+    group: str,
+    results: Mapping[str, OpinionEvaluation],
+    json: bool,
+    distilled: bool,
+    **more: Any,
+) -> None:
+    """Compare with the group, and what was distilled with the few-shot prompt that taught it."""
+    from tl_laai.surveys import mean_kl
+
+    few_shot = results.get("few_shot") if distilled else None
+    names = ("zero_shot", "fitted") if few_shot is not None else ()
+    apart = {name: mean_kl(few_shot, results[name]) for name in names if few_shot is not None}
     if json:
         figures = {name: result.to_dict(rows=True) for name, result in results.items()}
-        display.show_json({"layer": layer, "group": group, "results": figures})
-    else:
-        display.show_opinions(group, results)
+        told = {"kl_from_few_shot": apart} if apart else {}
+        display.show_json({"group": group, "results": figures, **told, **more})
+        return
+    display.show_opinions(group, results)
+    if apart:
+        display.say(
+            "Learnt from the few-shot prompt's answers; KL from those, on the held-out questions: "
+            f"zero-shot {apart['zero_shot']:.4f}, intervened {apart['fitted']:.4f}"
+        )

@@ -2,8 +2,8 @@
 
 The few-shot prompt shows questions with a group's favourite answers; the shares that the model
 then gives the options of a question stand in for the group's, and a fit to them brings the bare
-prompt near to the few-shot one. No shares are needed, and questions that are not shown need no
-answer at all. It is `tl_laai.distillation` for options, where an answer is one token.
+prompt near to the few-shot one. Of the group, the favourites of the questions shown are all that it
+learns from. It is `tl_laai.distillation` for options, where an answer is one token.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -109,8 +110,8 @@ def layer_number(text: str, *, option: str, allowed: str) -> int:
 
 
 def newlines(text: str) -> str:
-    """Make newlines of the two characters that a shell hands over for one."""
-    return text.replace("\\n", "\n")
+    """Make newlines of the two characters that a shell hands over for one; two backslashes: one."""
+    return re.sub(r"\\([n\\])", lambda found: "\n" if found[1] == "n" else "\\", text)
 
 
 def check_out(out: Path) -> None:

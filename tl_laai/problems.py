@@ -67,6 +67,7 @@ def engine_for(
     Raises:
         TypeError: examples of other kinds, or opinion questions among others.
     """
+    backend = backend_of(model)
     distinct = list(dict.fromkeys(e for own in examples for e in own))
     index = {example: i for i, example in enumerate(distinct)}
     rows = [[index[e] for e in own] for own in examples]
@@ -80,7 +81,6 @@ def engine_for(
         raise TypeError(
             f"examples are {found}; give Examples, TaughtExamples or both, or OptionExamples alone."
         )
-    backend = backend_of(model)
     if all(0 <= layer < backend.n_layers for layer in layers):  # else the engine refuses them
         needed = memory_estimate(
             backend, tokenised, layers=layers, rows=rows, max_memory=max_memory

@@ -164,7 +164,9 @@ def tokenise(
         One entry an example, in their order.
 
     Raises:
-        ValueError: There are no examples, or an answer has no tokens.
+        TypeError: `model` is no TransformerLens model.
+        ValueError: There are no examples, an answer has no tokens, or it begins with white space
+            behind that of the template.
         TooLongError: A prompt with its answer is longer than the model's context.
     """
     if not examples:
@@ -261,6 +263,11 @@ def _tokenise_one(
         template.answer(example.output),
     )
     prompt = _prompt_tokens(model, text)
+    if example.output[0].isspace() and template.answer_prefix[-1:].isspace():
+        raise ValueError(
+            f"output {example.output!r} begins with white space, and the template sets some before "
+            f"it: give {example.output.strip()!r}, or a template with answer_prefix=''"
+        )
     if not _continuation(model, prompt, text, answer_text):
         raise ValueError(
             f"output {example.output!r} tokenises to nothing; drop the example, or choose an "
@@ -292,12 +299,21 @@ def _continuation(
 
 
 def _prompt_tokens(model: TokenisingModel, text: str) -> tuple[int, ...]:
+    _check_model(model)
     tokens = _ids(model, text)
     if not tokens:
         raise ValueError(f"prompt {text!r} tokenises to nothing; there must be a token to edit")
     end = text if len(text) <= 40 else "…" + text[-40:]  # which tells prompts apart
     _check_length(model, len(tokens), f"the prompt {end!r}")
     return tokens
+
+
+def _check_model(model: object) -> None:
+    if not hasattr(model, "to_tokens"):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a TransformerLens HookedTransformer or "
+            "TransformerBridge. Load one with tl_laai.load_model(name_or_path)."
+        )
 
 
 def _ids(model: TokenisingModel, text: str, **options: bool) -> tuple[int, ...]:

@@ -164,15 +164,26 @@ def recorded_data(
         few_shot: False draws no train examples where none would be left to hold out.
 
     Raises:
+        FileNotFoundError: the fit's task was in a file that is gone.
         ValueError: no one task is recorded and none given; its data has changed since the fit;
             no example is left to hold out.
     """
     recorded = {"task": agreed(provenance, "task")}
     name = task or _source(recorded)
+    if name is None and on_opinions(provenance):
+        raise ValueError(
+            "the intervention was fitted on opinions, which have no right answers: laai evaluate "
+            "compares it with the group's, or give --task for a task with some"
+        )
     if name is None:
         raise ValueError(
             "the intervention does not record its task, or its parts do not agree on it; "
             "give --task"
+        )
+    if task is None and name == _lookup(recorded, "task", "source") and not Path(name).exists():
+        raise FileNotFoundError(
+            f"the task of the fit, {name}, is not there any more: put it back, or say where it is "
+            "with --task"
         )
     loaded = load_task(name)
     digest = _lookup(recorded, "task", "digest")
@@ -324,6 +335,8 @@ def _fitted_on(fit: Any, loaded: Task) -> tuple[Example, ...] | None:
 
     The digest alone tells: another file's name says nothing of what is in it.
     """
+    if on_opinions(fit):
+        return ()
     digest, source = _lookup(fit, "task", "digest"), _source(fit)
     if digest != loaded.digest and source is not None:
         try:

@@ -43,7 +43,7 @@ from tl_laai.rounds import (
     check_choice,
 )
 from tl_laai.splits import cross_validation_folds, integer
-from tl_laai.tasks import Example, same_input_key
+from tl_laai.tasks import Example, check_examples, same_input_key
 
 _LOG = logging.getLogger("tl_laai")
 
@@ -175,8 +175,9 @@ def fit_auto(
         ValueError: too few examples or folds, no such layers, no alphas, no alpha that leaves as
             few heads as `max_heads`, or what `fit` raises.
     """
-    labels = _labels(examples) if groups is None else list(groups)
+    check_examples("examples", examples)
     n_layers = backend_of(model).n_layers
+    labels = _labels(examples) if groups is None else list(groups)
     # All of these come to stand in the provenance, which is JSON and is written last.
     numbers = range(n_layers) if layers is None else [integer("layers", n) for n in layers]
     candidates = list(dict.fromkeys(numbers))

@@ -21,7 +21,7 @@ import enum
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -75,13 +75,13 @@ class Record:
 class Solution:
     """Where one problem stopped, and why; `n_evaluations` counts its gradients."""
 
-    delta: Float[Tensor, "n_heads d_head"]
+    delta: Float[Tensor, "n_heads d_head"] = field(repr=False)
     status: Status
     objective: float
     loss: float
     stationarity: float
     n_evaluations: int
-    history: tuple[Record, ...]
+    history: tuple[Record, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,16 @@ def mean_floor(
     return OpinionEvaluation(tuple(map(_row, questions, predicted)))
 
 
+def mean_kl(of: OpinionEvaluation, other: OpinionEvaluation) -> float:
+    """Mean KL of one condition's answers from another's, over the questions both were asked.
+
+    Example:
+        >>> mean_kl(results["few_shot"], results["fitted"])  # doctest: +SKIP
+    """
+    pairs = zip(of.rows, other.rows, strict=True)
+    return float(np.mean([kl_divergence(a.predicted, b.predicted) for a, b in pairs]))
+
+
 def _own_order(example: OptionExample) -> list[int]:
     """Where each option of the question, in its own order, stands in the prompt."""
     order = example.order or range(len(example.names))

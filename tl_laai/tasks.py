@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,26 @@ class Example:
                 f"output must be one line, as answers end at a newline, got {self.output!r:.60}; "
                 "give one line, or leave the rest out"
             )
+
+
+def check_examples(name: str, examples: object) -> None:
+    """Refuse what is no sequence of examples, such as a whole task.
+
+    Raises:
+        TypeError: It is a task or a split, or holds texts or mappings.
+    """
+    if isinstance(examples, Task | Split):
+        raise TypeError(
+            f"{name} is a {type(examples).__name__}; give some of its examples, such as the train "
+            "or test of Task.split(train=10)"
+        )
+    if isinstance(examples, Sequence):
+        for example in examples:
+            if isinstance(example, str | Mapping):
+                raise TypeError(
+                    f"{name} holds {example!r:.80}; give Example(input, output), or read them with "
+                    "Task.from_json or Task.from_dataset"
+                )
 
 
 def check_whole(name: str, text: str) -> None:

@@ -212,6 +212,11 @@ class InContextVector(Method):
         after = read(model, tokenise_prompts(model, [e.output for e in examples])).residuals
         asked = last_token(freeze(model, tokenise(model, examples, template=template))).residuals
         change = (after - before)[1:].double()
+        if not change.any():
+            raise ValueError(
+                "the examples' outputs are their inputs, so no direction leads from one to the "
+                "other: leave the in-context vector out, or give other examples."
+            )
         flat = change.transpose(0, 1).flatten(1)
         direction = torch.linalg.svd(flat, full_matrices=False).Vh[0]
         direction = direction * torch.sign(flat.mean(dim=0) @ direction)
