@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,8 @@ def _interval(
     scores: Sequence[Sequence[float]], rows: Sequence[Row], over_tasks: bool
 ) -> tuple[float, float, float]:
     if not over_tasks:
-        flat, fits = ([*chain.from_iterable(x)] for x in (scores, _fit_of_each(scores)))
+        flat = [x for own in scores for x in own]
+        fits = [i for i, own in enumerate(scores) for _ in own]
         it = paired_bootstrap(flat, [0.0] * len(flat), fits)
         return 100 * it.difference, 100 * it.low, 100 * it.high
     of_tasks: dict[str, list[float]] = {}
@@ -173,10 +173,6 @@ def _interval(
     n = len(means)
     half = _T[n - 2] * float(means.std(ddof=1)) / n**0.5 if n > 1 else math.nan
     return middle, middle - half, middle + half
-
-
-def _fit_of_each(scores: Sequence[Sequence[float]]) -> list[list[int]]:
-    return [[i] * len(own) for i, own in enumerate(scores)]
 
 
 def percent(rows: Sequence[Row], *, over_tasks: bool = False) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from tl_laai.abstract_backend import Backend, kind_of_weights, own_modes, rank_within
 from tl_laai.bridge_backend import BridgeBackend
 from tl_laai.hooked_backend import HookedBackend
+from tl_laai.prompts import no_model
 
 __all__ = ["Backend", "backend_of", "own_modes", "rank_within"]
 
@@ -30,10 +31,7 @@ def backend_of(model: Any) -> Backend:
     kinds = {"HookedTransformer": HookedBackend, "TransformerBridge": BridgeBackend}
     kind = next((kinds[name] for name in kinds if name in names), None)
     if kind is None:
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a TransformerLens HookedTransformer "
-            "or TransformerBridge. Load one with tl_laai.load_model(name_or_path)."
-        )
+        raise no_model(model)
     for flag in ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"):
         if getattr(model.cfg, flag, False):
             raise ValueError(

@@ -259,9 +259,10 @@ def _show(
     """Compare with the group, and what was distilled with the few-shot prompt that taught it."""
     from tl_laai.surveys import mean_kl
 
-    few_shot = results.get("few_shot") if distilled else None
-    names = ("zero_shot", "fitted") if few_shot is not None else ()
-    apart = {name: mean_kl(few_shot, results[name]) for name in names if few_shot is not None}
+    apart = {}
+    if distilled and "few_shot" in results:
+        few_shot = results["few_shot"]
+        apart = {name: mean_kl(few_shot, results[name]) for name in ("zero_shot", "fitted")}
     if json:
         figures = {name: result.to_dict(rows=True) for name, result in results.items()}
         told = {"kl_from_few_shot": apart} if apart else {}

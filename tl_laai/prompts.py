@@ -298,22 +298,23 @@ def _continuation(
     return _ids(model, answer, prepend_bos=False)
 
 
+def no_model(thing: object) -> TypeError:
+    """What to raise where a TransformerLens model is wanted, and something else given."""
+    return TypeError(
+        f"model is a {type(thing).__name__}; expected a TransformerLens HookedTransformer or "
+        "TransformerBridge. Load one with tl_laai.load_model(name_or_path)."
+    )
+
+
 def _prompt_tokens(model: TokenisingModel, text: str) -> tuple[int, ...]:
-    _check_model(model)
+    if not hasattr(model, "to_tokens"):
+        raise no_model(model)
     tokens = _ids(model, text)
     if not tokens:
         raise ValueError(f"prompt {text!r} tokenises to nothing; there must be a token to edit")
     end = text if len(text) <= 40 else "…" + text[-40:]  # which tells prompts apart
     _check_length(model, len(tokens), f"the prompt {end!r}")
     return tokens
-
-
-def _check_model(model: object) -> None:
-    if not hasattr(model, "to_tokens"):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a TransformerLens HookedTransformer or "
-            "TransformerBridge. Load one with tl_laai.load_model(name_or_path)."
-        )
 
 
 def _ids(model: TokenisingModel, text: str, **options: bool) -> tuple[int, ...]:
