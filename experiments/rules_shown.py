@@ -55,8 +55,11 @@ OTHERS = (
     "mean-difference, begins right",
     "inference-time-intervention, begins right",
     "learnt-heads",
+    "learnt-heads, taught",
     "lora",
+    "lora, taught",
     "ia3",
+    "ia3, taught",
     "unregularised",
     "distilled",
 )
@@ -115,6 +118,7 @@ def show(rows: list[Row]) -> None:
         ("distilled, half", "n_heads", 0),
         ("best by validation", "setting", 0),
         ("learnt-heads", "setting", 0),
+        ("learnt-heads, taught", "setting", 0),
         ("function-vector", "setting", 1),
         ("inference-time-intervention", "setting", 0),
         ("in-context-vector", "setting", 0),
@@ -124,11 +128,12 @@ def show(rows: list[Row]) -> None:
         values = Counter(str(row[column]).split(", ")[part] for row in rows_of)
         if values:
             print(f"{method}: {dict(values)}")
-    for method in ("lora", "ia3"):
+    for method in ("lora", "ia3", "lora, taught", "ia3, taught"):
         # Learning rates and steps apart: either may be at the edge of what was offered.
         settings = [row["setting"] for own in found.get(method, {}).values() for row in own]
         parts = [Counter(setting.split(", ")[i] for setting in settings) for i in (0, 1)]
-        print(f"{method}: {', '.join(str(dict(part)) for part in parts)}")
+        if settings:
+            print(f"{method}: {', '.join(str(dict(part)) for part in parts)}")
     print(f"held-out inputs that are in the split of seed {SET_ON} too: {_also_set_on(rows)}\n")
     lines = []
     compared: set[frozenset[str]] = set()

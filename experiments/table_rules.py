@@ -24,6 +24,7 @@ from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
     HALF_ALPHAS,
+    LABEL_SHARE,
     MODEL,
     N_FOLDS,
     TAUGHT,
@@ -279,6 +280,58 @@ def _begun(names: Sequence[str], model: Any, data: Any, seed: int) -> list[Row]:
     return rows
 
 
+def taught_heads(model: Any, data: Any, seed: int) -> list[Row]:
+    """Learnt head offsets that learn from a fitted teacher's answers too."""
+    from tl_laai.baselines import METHODS, tune
+    from tl_laai.evaluation import evaluate_edits
+    from tl_laai.side_effects import next_token_kl
+
+    name = "learnt-heads, taught"
+    tuned = tune(
+        model, data.train, METHODS["learnt-heads"], seed=seed, augment=_taught(model, data, seed)
+    )
+    score = evaluate_edits(model, data.test, {name: tuned.edit})[name]
+    moved = next_token_kl(model, {name: tuned.edit})[name]
+    return [answer_row(name, score, str(tuned.setting), kl_unrelated=float(moved.mean()))]
+
+
+def taught_finetuning(model: Any, data: Any, seed: int) -> list[Row]:
+    """LoRA and IA3 that do so."""
+    return finetuning(model, data, seed, suffix=", taught", augment=_taught(model, data, seed))
+
+
+def _taught(model: Any, data: Any, seed: int) -> Callable[[Sequence[Any]], list[Any]]:
+    """From labelled examples to those and a fitted teacher's answers to inputs that are made up.
+
+    The teacher, the inputs and the labels' share are those of distilled fits; its answers are
+    labels here (sequence-level distillation, Kim & Rush 2016), not distributions.
+    """
+    from functools import cache
+
+    from tl_laai import Example
+    from tl_laai.evaluation import evaluate_edits
+    from tl_laai.made_up_inputs import make_up_inputs
+    from tl_laai.tasks import same_input_key
+    from tl_laai.teachers import fit_teacher
+
+    known = {same_input_key(e.input) for e in data.train}
+    made_up = make_up_inputs(model, data.train, 64, seed=seed)
+    inputs = [text for text in made_up if same_input_key(text) not in known]
+
+    @cache
+    def learn_from(labelled: tuple[Any, ...]) -> list[Any]:
+        edit = fit_teacher(model, labelled, steps=TEACHER_STEPS, seed=seed)
+        # No target is known; these are as long as the longest that is shown.
+        longest = max((e.output for e in labelled), key=len)
+        asked = [Example(text, longest) for text in inputs]
+        said = evaluate_edits(model, asked, {"it": edit}, demonstrations=labelled)["it"].rows
+        answered = [Example(row.input, row.prediction) for row in said if row.prediction]
+        n_copies = round(LABEL_SHARE / (1 - LABEL_SHARE) * len(answered) / len(labelled))
+        return [*answered, *labelled * max(1, n_copies)]
+
+    return lambda labelled: learn_from(tuple(labelled))
+
+
 GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "fits": fits,
     "weaker": weaker,
@@ -291,6 +344,8 @@ GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "begun": begun,
     "begun others": begun_others,
     "finetuning": finetuning,
+    "taught heads": taught_heads,
+    "taught finetuning": taught_finetuning,
 }
 
 

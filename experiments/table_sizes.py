@@ -79,13 +79,11 @@ def compute(
     device: str | None,
     device_map: str | None,
 ) -> None:
-    import torch
-
     from tl_laai import load_model
     from tl_laai.recipes import draw
 
     for name in models:
-        model = load_model(name, dtype=getattr(torch, dtype), device=device, device_map=device_map)
+        model = load_model(name, dtype=dtype, device=device, device_map=device_map)
         jobs = []
         for seed in seeds:
             for task in tasks(names):

@@ -123,17 +123,24 @@ def zeros(fitted: Any) -> Row:
     return {"n_heads": n_heads, "zeros": float((delta == 0).double().mean())}
 
 
-def finetuning(model: Any, data: Any, seed: int) -> list[Row]:
-    """LoRA and IA3, learning rate and steps by the same cross-validation."""
+def finetuning(model: Any, data: Any, seed: int, *, suffix: str = "", **more: Any) -> list[Row]:
+    """LoRA and IA3, learning rate and steps by the same cross-validation.
+
+    Args:
+        model, data, seed: as for all groups.
+        suffix: of the methods' names.
+        more: as for `tune_fine_tuning`.
+    """
     from tl_laai.adapters import hugging_face_model
     from tl_laai.finetuning_selection import tune_fine_tuning
 
     plain = hugging_face_model(MODEL, like=model)
     rows = []
     for method in ("lora", "ia3"):
-        tuned = tune_fine_tuning(model, data.train, method=method, seed=seed, hf_model=plain)
+        settings = {"method": method, "seed": seed, "hf_model": plain, **more}
+        tuned = tune_fine_tuning(model, data.train, **settings)
         setting = f"learning rate {tuned.learning_rate:g}, {tuned.steps} steps"
-        rows.append(answer_row(method, tuned.fine_tuned.evaluate(data.test), setting))
+        rows.append(answer_row(method + suffix, tuned.fine_tuned.evaluate(data.test), setting))
     return rows
 
 

@@ -15,7 +15,7 @@ from methods_on_tiny import EXAMPLES
 from tl_laai.baselines import METHODS, Trial, _score, compare_methods, tune
 from tl_laai.edits import Edit
 from tl_laai.evaluation import answer_scores, evaluate
-from tl_laai.methods import Method, Setting
+from tl_laai.methods import Augment, Method, Setting, as_they_are
 from tl_laai.prompts import tokenise
 from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example
@@ -44,17 +44,29 @@ def slow_scores(model: Any, examples: Sequence[Example], edit: Edit) -> tuple[fl
     return sum(losses) / len(losses), sum(probabilities) / len(probabilities)
 
 
-@pytest.mark.parametrize("method", [TaskVector((1, 3)), MeanDifference((2,), (1.0, 3.0))])
+def with_more(examples: Sequence[Example]) -> list[Example]:
+    """The given ones, and two of their answers to other inputs."""
+    return [*examples, *(Example(e.input + "k", e.output) for e in examples[:2])]
+
+
+@pytest.mark.parametrize(
+    ("method", "augment"),
+    [
+        (TaskVector((1, 3)), as_they_are),
+        (MeanDifference((2,), (1.0, 3.0)), as_they_are),
+        (TaskVector((1, 3)), with_more),
+    ],
+)
 def test_the_table_is_each_settings_score_on_what_it_was_not_made_from(
-    model: Any, method: Method
+    model: Any, method: Method, augment: Augment
 ) -> None:
-    tuned = tune(model, MORE, method, n_folds=3, seed=1)
+    tuned = tune(model, MORE, method, n_folds=3, seed=1, augment=augment)
     assert [trial.setting for trial in tuned.table] == list(method.grid(model))
     for trial in tuned.table:
         scores = []
         for held_out in cross_validation_folds(MORE, 3, 1):
             known = [e for i, e in enumerate(MORE) if i not in held_out]
-            (edit,) = method.candidates(model, known, [trial.setting]).values()
+            (edit,) = method.candidates(model, augment(known), [trial.setting]).values()
             scores.append(slow_scores(model, [MORE[i] for i in held_out], edit))
         loss, probability = torch.tensor(scores, dtype=torch.float64).unbind(dim=1)
         assert trial.validation_probability == pytest.approx(probability.mean().item(), rel=1e-8)
@@ -62,7 +74,7 @@ def test_the_table_is_each_settings_score_on_what_it_was_not_made_from(
         assert trial.standard_error == pytest.approx(loss.std().item() / 3**0.5, rel=1e-6)
     best = max(tuned.table, key=lambda trial: trial.validation_probability)
     assert tuned.setting == best.setting
-    (edit,) = method.candidates(model, MORE, [best.setting]).values()
+    (edit,) = method.candidates(model, augment(MORE), [best.setting]).values()
     for mine, own in ((tuned.edit.residual, edit.residual), (tuned.edit.replace, edit.replace)):
         assert mine.keys() == own.keys()
         assert all(torch.equal(mine[layer], own[layer]) for layer in own)

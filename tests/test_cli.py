@@ -631,6 +631,9 @@ def test_attribution_and_ablation_write_rows_that_can_be_drawn(
     words = ("attribute", "--model", "model", "--task", "upper.json", "--train", 3)
     values = json.loads(done(*words, "--out", out, "--json").stdout)["values"]
     assert len(values) == 3
+    shown = done(*words, "--top", 2).stdout.splitlines()
+    assert float(shown[1].split()[2]) == pytest.approx(max(map(max, values)), rel=1e-2)
+    assert shown[4].startswith("The 2 strongest of 12 heads.")
     done("figure", out, "--out", tmp_path / "attribution.svg")
     grown = tmp_path / "grown.jsonl"
     grown.write_bytes(out.read_bytes())

@@ -29,6 +29,31 @@ def test_every_head_has_a_line_and_the_longest_norm_the_longest_bar() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_the_strongest_heads_come_first_where_so_many_are_asked_for() -> None:
+    norms = {9: [0.0, 4.0, 2.0], 11: [3.0, 5.0, 0.0]}
+    lines = rendered(display.head_bars(norms, strongest=3))
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["11", "1", "5.000"],
+        ["9", "1", "4.000"],
+        ["11", "0", "3.000"],
+    ]
+
+
+def test_a_bar_says_how_many_rows_there_are_once_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(display, "err", terminal)
+    written = terminal.file.getvalue  # type: ignore[attr-defined]  # it is the StringIO
+    with display.row_bar("Sweeping"):
+        pass
+    assert "Sweeping" in written()
+    assert "/" not in written()
+    with display.row_bar("Sweeping") as progress:
+        progress(2, 7)
+    assert "2/7" in written()
+
+
 def test_heads_that_are_all_zero_have_no_bars() -> None:
     assert "█" not in "".join(rendered(display.head_bars({0: [0.0, 0.0]})))
 

@@ -9,21 +9,23 @@ import oracle
 import pytest
 import torch
 from test_adapters import slow_losses
+from test_baselines import with_more
 from test_finetuning import EXAMPLES, trained
 from tiny import tiny_hf
 
 from tl_laai import finetuning_selection
 from tl_laai.finetuning_selection import tune_fine_tuning
+from tl_laai.methods import Augment, as_they_are
 from tl_laai.prompts import tokenise
 from tl_laai.splits import cross_validation_folds
 
 
-def test_the_table_is_complete_and_the_choice_is_its_best_refitted() -> None:
+@pytest.mark.parametrize("augment", [as_they_are, with_more])
+def test_the_table_is_complete_and_the_choice_is_its_best_refitted(augment: Augment) -> None:
     model, hf_model = oracle.shared_model("bridge", "llama"), tiny_hf("llama")
     options: Any = {"seed": 3, "hf_model": hf_model}
-    chosen = tune_fine_tuning(
-        model, EXAMPLES, learning_rates=[0.02, 0.001], steps=[3, 1, 3], n_folds=2, **options
-    )
+    grid: Any = {"learning_rates": [0.02, 0.001], "steps": [3, 1, 3], "n_folds": 2}
+    chosen = tune_fine_tuning(model, EXAMPLES, augment=augment, **grid, **options)
     assert [(row.learning_rate, row.steps) for row in chosen.table] == [
         (0.001, 1),
         (0.001, 3),
@@ -35,7 +37,7 @@ def test_the_table_is_complete_and_the_choice_is_its_best_refitted() -> None:
         for fold in cross_validation_folds(EXAMPLES, 2, 3):
             kept = [e for i, e in enumerate(EXAMPLES) if i not in fold]
             setting = {"learning_rate": row.learning_rate, "steps": row.steps}
-            alone = trained(examples=kept, **setting, **options)
+            alone = trained(examples=augment(kept), **setting, **options)
             with alone.applied() as inside:
                 asked = tokenise(model, [EXAMPLES[i] for i in fold])
                 own = [slow_losses(inside, e) for e in asked]
@@ -49,7 +51,8 @@ def test_the_table_is_complete_and_the_choice_is_its_best_refitted() -> None:
         assert row.n_folds == 2
     best = max(chosen.table, key=lambda row: row.validation_probability)
     assert (chosen.learning_rate, chosen.steps) == (best.learning_rate, best.steps)
-    again = trained(learning_rate=best.learning_rate, steps=best.steps, **options)
+    setting = {"learning_rate": best.learning_rate, "steps": best.steps}
+    again = trained(examples=augment(EXAMPLES), **setting, **options)
     assert chosen.fine_tuned.losses == again.losses
 
 

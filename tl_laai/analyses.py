@@ -103,12 +103,14 @@ def attribute(
     train: Annotated[int, typer.Option(min=1, help="Examples to measure on.")] = DEFAULT_TRAIN,
     seed: Seed = 0,
     backend: AnyBackend = "auto",
+    top: Annotated[int, typer.Option(min=1, help="How many heads to show.")] = 20,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Gradient attribution of every head: one forward and one backward.
 
-    A file given as --out keeps its rows of other models and tasks.
+    Shown are the strongest heads; --out and --json have all of them. A file
+    given as --out keeps its rows of other models and tasks.
     """
     if out is not None:
         check_rows_file(out, "attribution")
@@ -136,8 +138,12 @@ def attribute(
     if json:
         display.show_json({"values": values.tolist(), "by_layer": values.amax(-1).tolist()})
         return
-    display.show(display.head_bars(dict(enumerate(values.tolist())), column="attribution"))
-    display.say("The bar is the group penalty at which the head's fit leaves zero, in nats.")
+    by_layer = dict(enumerate(values.tolist()))
+    display.show(display.head_bars(by_layer, column="attribution", strongest=top))
+    display.say(
+        f"The {min(top, values.numel())} strongest of {values.numel()} heads. The bar is the group "
+        "penalty at which the head's fit leaves zero, in nats."
+    )
 
 
 def ablate(

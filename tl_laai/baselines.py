@@ -19,7 +19,7 @@ import torch
 from tl_laai.edits import Edit
 from tl_laai.evaluation import Evaluation, answer_scores, evaluate, evaluate_edits
 from tl_laai.head_vectors import InferenceTimeIntervention, LearntHeads
-from tl_laai.methods import Method, Setting
+from tl_laai.methods import Augment, Method, Setting, as_they_are
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example, same_input_key
@@ -82,6 +82,7 @@ def tune(
     n_folds: int = 2,
     seed: int = 0,
     template: PromptTemplate = DEFAULT_TEMPLATE,
+    augment: Augment = as_they_are,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
     """Choose a method's setting by k-fold cross-validation, and make its edit from all examples.
@@ -98,6 +99,8 @@ def tune(
         n_folds: folds; the same examples and seed give the same folds for every method.
         seed: of the assignment to folds.
         template: how inputs become prompts.
+        augment: from a fold's training part, and in the end from all examples, to what the method
+            learns from; must not look at other labels.
         progress: called with `(steps done, steps in all)`: a step is a fold or the last refit.
 
     Returns:
@@ -124,7 +127,7 @@ def tune(
         known = [e for j, e in enumerate(examples) if j not in held_out]
         asked = [examples[j] for j in held_out]
         try:
-            edits = method.candidates(model, known, grid, template=template)
+            edits = method.candidates(model, augment(known), grid, template=template)
         except ValueError as reason:
             raise ValueError(
                 f"{type(method).__name__}, on all but fold {i + 1} of n_folds={n_folds}: {reason}"
@@ -139,7 +142,7 @@ def tune(
     mean = torch.stack(probabilities, dim=1).mean(dim=1)
     table = tuple(map(Trial, grid, loss.mean(dim=1).tolist(), error.tolist(), mean.tolist()))
     best = max(table, key=_score).setting
-    edit = method.candidates(model, examples, [best], template=template)[best]
+    edit = method.candidates(model, augment(examples), [best], template=template)[best]
     if progress is not None:
         progress(len(parts) + 1, len(parts) + 1)
     return Tuned(edit, best, table)

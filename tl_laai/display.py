@@ -142,17 +142,23 @@ def row_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),  # nothing, until it is known how many there are
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-        bar = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+        bar = progress.add_task(description, total=None, count="")
+
+        def callback(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total, count=f"{done}/{total}")
+
+        yield callback
 
 
-def head_bars(norms: Mapping[int, Sequence[float]], *, column: str = "norm") -> Table:
+def head_bars(
+    norms: Mapping[int, Sequence[float]], *, column: str = "norm", strongest: int | None = None
+) -> Table:
     """Every head of each layer with the norm of its part of delta, or another number, as a bar.
 
     Example:
@@ -161,22 +167,23 @@ def head_bars(norms: Mapping[int, Sequence[float]], *, column: str = "norm") -> 
     Args:
         norms: layer -> norm of each head; exactly 0 for a head that is left out.
         column: what the numbers are.
+        strongest: show so many, the strongest first; None for all in their order.
     """
-    longest = max((norm for layer in norms.values() for norm in layer), default=0.0)
+    rows = [(layer, i, norm) for layer, heads in norms.items() for i, norm in enumerate(heads)]
+    longest = max((norm for *_, norm in rows), default=0.0)
+    if strongest is not None:
+        rows = sorted(rows, key=lambda row: -row[2])[:strongest]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", justify="right")
     table.add_column("head", justify="right")
     table.add_column(column, justify="right")
     table.add_column("")
-    for layer, heads in norms.items():
-        for head, norm in enumerate(heads):
-            # A bar of any length is at least seen: a head that is not zero is not out.
-            filled = max(norm / longest, 0.02) if norm > 0 else 0.0
-            bar = Bar(1.0, 0.0, filled, width=_BAR_WIDTH, color="cyan") if filled else None
-            shown = f"{norm:.3f}" if norm >= 5e-4 else f"{norm:.1e}"
-            table.add_row(
-                str(layer), str(head), shown if norm else "0", bar or Text("-", style="dim")
-            )
+    for layer, head, norm in rows:
+        # A bar of any length is at least seen: a head that is not zero is not out.
+        filled = max(norm / longest, 0.02) if norm > 0 else 0.0
+        bar = Bar(1.0, 0.0, filled, width=_BAR_WIDTH, color="cyan") if filled else None
+        shown = f"{norm:.3f}" if norm >= 5e-4 else f"{norm:.1e}"
+        table.add_row(str(layer), str(head), shown if norm else "0", bar or Text("-", style="dim"))
     return table
 
 

@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -229,11 +229,15 @@ class Training:
         _check_same_weights(model, hf_model, tokenised[:1])
         return cls(model, hf_model, tokenised, config, batch_size, template, seed)
 
+    def on(self, examples: Sequence[Example]) -> Training:
+        """The same with other examples."""
+        return replace(self, examples=tokenise(self.model, examples, template=self.template))
+
     def fine_tune(self, learning_rate: float, steps: int) -> FineTuned:
         """Train on all examples."""
         losses: list[float] = []
         with adapted(self.hf_model, self.config, self.seed) as hf_model:
-            for _ in self.run(hf_model, self.examples, learning_rate, [steps], losses):
+            for _ in self.run(hf_model, learning_rate, [steps], losses):
                 pass
             adapter = {
                 name: parameter.detach().clone()
@@ -262,7 +266,6 @@ class Training:
     def run(
         self,
         hf_model: Any,
-        examples: Sequence[TokenisedExample],
         learning_rate: float,
         checkpoints: Sequence[int],
         losses: list[float],
@@ -274,10 +277,10 @@ class Training:
             raise ValueError(f"steps is {min(checkpoints)}; use at least 1.")
         trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY)
-        batches = _batches(len(examples), self.batch_size, self.seed)
+        batches = _batches(len(self.examples), self.batch_size, self.seed)
         for step, batch in enumerate(islice(batches, max(checkpoints)), start=1):
             with torch.enable_grad():
-                loss = answer_loss(hf_model, [examples[i] for i in batch])
+                loss = answer_loss(hf_model, [self.examples[i] for i in batch])
                 loss.backward()
             optimiser.step()
             optimiser.zero_grad()

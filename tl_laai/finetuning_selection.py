@@ -16,7 +16,8 @@ import torch
 from tl_laai.adapters import AdapterConfig, Method, adapted, token_losses
 from tl_laai.backends import own_modes
 from tl_laai.finetuning import BATCH_SIZE, FineTuned, Training
-from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from tl_laai.methods import Augment, as_they_are
+from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample
 from tl_laai.splits import cross_validation_folds
 from tl_laai.tasks import Example, same_input_key
 
@@ -76,6 +77,7 @@ def tune_fine_tuning(
     template: PromptTemplate = DEFAULT_TEMPLATE,
     seed: int = 0,
     hf_model: Any = None,
+    augment: Augment = as_they_are,
 ) -> FineTuningSelection:
     """Train with learning rate and number of steps chosen by k-fold cross-validation.
 
@@ -99,6 +101,7 @@ def tune_fine_tuning(
         template: how inputs become prompts.
         seed: as for `fine_tune`, and of the assignment to folds.
         hf_model: as for `fine_tune`.
+        augment: as for `baselines.tune`.
 
     Returns:
         The refitted choice and the whole validation table.
@@ -119,9 +122,13 @@ def tune_fine_tuning(
     inputs = [same_input_key(example.input) for example in examples]
     held_out = cross_validation_folds(inputs, min(n_folds, len(set(inputs))), seed)
     training = Training.of(model, examples, config, batch_size, template, seed, hf_model)
+    folds = []
+    for fold in held_out:
+        known = [example for i, example in enumerate(examples) if i not in fold]
+        folds.append((training.on(augment(known)), [training.examples[i] for i in fold]))
     table: list[FineTuningCandidate] = []
     for rate in rates:
-        runs = [_validation_scores(training, rate, checkpoints, fold) for fold in held_out]
+        runs = [_validation_scores(fold, asked, rate, checkpoints) for fold, asked in folds]
         losses, probabilities = torch.tensor(runs, dtype=torch.float64).unbind(dim=2)
         errors = losses.std(dim=0, correction=1) / len(held_out) ** 0.5
         columns = (losses.mean(dim=0), errors, probabilities.mean(dim=0))
@@ -132,6 +139,7 @@ def tune_fine_tuning(
             )
         ]
     best = max(table, key=_score)
+    training = training.on(augment(examples))
     fine_tuned = training.fine_tune(best.learning_rate, best.steps)
     return FineTuningSelection(fine_tuned, tuple(table), best.learning_rate, best.steps)
 
@@ -142,14 +150,12 @@ def _score(candidate: FineTuningCandidate) -> float:
 
 
 def _validation_scores(
-    training: Training, learning_rate: float, checkpoints: Sequence[int], held_out: Sequence[int]
+    fold: Training, asked: Sequence[TokenisedExample], learning_rate: float, steps: Sequence[int]
 ) -> list[tuple[float, float]]:
-    """Held-out loss and probability at each checkpoint of a run on the other examples."""
-    kept = [e for i, e in enumerate(training.examples) if i not in held_out]
-    asked = [training.examples[i] for i in held_out]
+    """Loss and probability of the examples held out, at each of the numbers of steps of one run."""
     scores = []
-    with adapted(training.hf_model, training.config, training.seed) as hf_model:
-        for _ in training.run(hf_model, kept, learning_rate, checkpoints, []):
+    with adapted(fold.hf_model, fold.config, fold.seed) as hf_model:
+        for _ in fold.run(hf_model, learning_rate, steps, []):
             with torch.no_grad():
                 own = [t.double() for t in token_losses(hf_model, asked)]
             loss = sum(float(t.mean()) for t in own) / len(own)

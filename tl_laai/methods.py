@@ -7,7 +7,7 @@ Here too is what several methods read: few-shot prompts, and right and wrong ans
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -20,6 +20,14 @@ from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, 
 from tl_laai.tasks import Example
 
 T = TypeVar("T")
+
+# From labelled examples to what is learnt from them: for instance with more that a teacher answers.
+Augment = Callable[[Sequence[Example]], Sequence[Example]]
+
+
+def as_they_are(examples: Sequence[Example]) -> Sequence[Example]:
+    """Nothing is added."""
+    return examples
 
 
 @dataclass(frozen=True)

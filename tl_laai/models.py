@@ -51,7 +51,7 @@ def load_model(
     backend: Backend = "auto",
     device: str | torch.device | None = None,
     device_map: str | dict[str, str | int] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> Any:
     """Load a model, frozen and in eval mode, and check that interventions work on it.
 
@@ -72,7 +72,7 @@ def load_model(
             `from_pretrained`, for instance "auto"; on a TransformerBridge only. Everything that
             is fitted stays on the embedding's device. Tested on a simulated second device, not on
             several GPUs.
-        dtype: float32, float64, bfloat16 or float16.
+        dtype: float32, float64, bfloat16 or float16, of torch or by name.
 
     Returns:
         A `HookedTransformer` or a `TransformerBridge`, `requires_grad` off.
@@ -86,7 +86,8 @@ def load_model(
         raise TypeError(f"name_or_path must be a str or a path, not {type(name_or_path).__name__}.")
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(get_args(Backend))}.")
-    if dtype not in DTYPES:
+    kind: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if kind not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(str, DTYPES))}.")
     if device_map is not None and (device is not None or backend == "hooked"):
         other = f"device={device!r}" if device is not None else "backend='hooked'"
@@ -107,9 +108,9 @@ def load_model(
                 _check_complete(source.folder or source.name)
             if hooked:
                 assert where is not None
-                model = _load_hooked(source, official_name, where, dtype)
+                model = _load_hooked(source, official_name, where, kind)
             else:
-                model = _load_bridge(source, dtype, device=where, device_map=device_map)
+                model = _load_bridge(source, kind, device=where, device_map=device_map)
     except Exception as error:
         if device_map is not None:  # whose mistakes come as errors of many types
             raise ValueError(f"device_map={device_map!r}: {error}") from error
