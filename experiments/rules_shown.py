@@ -38,7 +38,9 @@ OURS = (
     "relaxed",
     "relaxed, half",
     "unregularised",
+    "unregularised, taught layer",
     TAUGHT,
+    "fitted, taught",
     "distilled",
     "distilled, every step",
     "distilled, half",
@@ -61,6 +63,8 @@ OTHERS = (
     "ia3",
     "ia3, taught",
     "unregularised",
+    "unregularised, taught layer",
+    "fitted, taught",
     "distilled",
 )
 

@@ -95,19 +95,26 @@ def show(rows: list[Row]) -> None:
     sizes = sorted({row["n_train"] for row in rows})
     tables = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        found = by_method([row for row in rows if row["task"] == task], "n_train")
+        of_task = [row for row in rows if row["task"] == task]
+        most = len({row["seed"] for row in of_task})
         lines = [
-            [method, *(percent(own[str(n)]) if str(n) in own else "-" for n in sizes)]
-            for method, own in found.items()
+            [method, *(_cell(own.get(str(n), []), most) for n in sizes)]
+            for method, own in by_method(of_task, "n_train").items()
         ]
         tables.append(markdown([f"{task}, %", *(f"{n} examples" for n in sizes)], lines))
     tables.append(_differences(rows, sizes))
     print("\n\n".join(tables))
     print(
         seeds_of(rows)
-        + " Differences: Student's t over tasks, of seeds for which both methods have them all."
-        + computed_elsewhere(rows)
+        + " *: of fewer of these seeds. Differences: Student's t over tasks, of seeds for which "
+        "both methods have them all." + computed_elsewhere(rows)
     )
+
+
+def _cell(rows: list[Row], n_seeds: int) -> str:
+    """Exact match, marked where rows are of fewer seeds than others of the task."""
+    fewer = "*" if len({row["seed"] for row in rows}) < n_seeds else ""
+    return percent(rows) + fewer if rows else "-"
 
 
 def _differences(rows: list[Row], sizes: list[int]) -> str:

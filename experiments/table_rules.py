@@ -3,7 +3,7 @@
     python experiments/table_rules.py                       # all groups of methods; resumes
     python experiments/table_rules.py --groups fits         # one group
     python experiments/table_rules.py --from-rows           # print the table only
-    python experiments/table_rules.py --from-rows --seeds 0  # of some seeds
+    python experiments/table_rules.py --from-rows --seeds 0 --tasks antonym  # of some rows
 
 Ten training examples, zero-shot prompts for every intervention, 100 held-out examples, five
 seeds. Whatever a method chooses, it chooses by cross-validation inside the ten, but for the layer
@@ -28,6 +28,7 @@ from tables import (
     MODEL,
     N_FOLDS,
     TAUGHT,
+    TAUGHT_STEPS,
     TEACHER_STEPS,
     Row,
     answer_row,
@@ -109,15 +110,10 @@ def weaker(model: Any, data: Any, seed: int) -> list[Row]:
     from tl_laai import fit_auto
     from tl_laai.selection import PRESETS
 
-    [layer] = (
-        row["layer"]
-        for row in read_rows(FIGURES / f"{NAME}.jsonl")
-        if row["method"] == "relaxed" and (row["task"], row["seed"]) == (data.task.name, seed)
-    )
     chosen = fit_auto(
         model,
         data.train,
-        layers=[layer],
+        layers=[_layer_of("relaxed", data, seed)],
         alphas=WEAKER_ALPHAS,
         n_folds=N_FOLDS,
         seed=seed,
@@ -281,51 +277,91 @@ def _begun(names: Sequence[str], model: Any, data: Any, seed: int) -> list[Row]:
 
 
 def taught_heads(model: Any, data: Any, seed: int) -> list[Row]:
-    """Learnt head offsets that learn from a fitted teacher's answers too."""
-    from tl_laai.baselines import METHODS, tune
+    """Learnt head offsets that learn from a fitted teacher's answers too.
+
+    On offer is what they chose with labels alone on seed 0, on all tasks but synonym.
+    """
+    from tl_laai.baselines import tune
     from tl_laai.evaluation import evaluate_edits
+    from tl_laai.head_vectors import LearntHeads
     from tl_laai.side_effects import next_token_kl
 
-    name = "learnt-heads, taught"
-    tuned = tune(
-        model, data.train, METHODS["learnt-heads"], seed=seed, augment=_taught(model, data, seed)
-    )
+    name, method = "learnt-heads, taught", LearntHeads((12, 36), (0.03,))
+    tuned = tune(model, data.train, method, seed=seed, augment=_taught(model, data, seed))
     score = evaluate_edits(model, data.test, {name: tuned.edit})[name]
     moved = next_token_kl(model, {name: tuned.edit})[name]
     return [answer_row(name, score, str(tuned.setting), kl_unrelated=float(moved.mean()))]
 
 
-def taught_finetuning(model: Any, data: Any, seed: int) -> list[Row]:
-    """LoRA and IA3 that do so."""
-    return finetuning(model, data, seed, suffix=", taught", augment=_taught(model, data, seed))
+def taught_finetuning(method: str, model: Any, data: Any, seed: int) -> list[Row]:
+    """LoRA or IA3 that does so; a step sees 16 of some 124 examples."""
+    learning = {"augment": _taught(model, data, seed), "steps": (20, 40)}
+    return finetuning(model, data, seed, methods=[method], suffix=", taught", **learning)
+
+
+def taught_fits(model: Any, data: Any, seed: int) -> list[Row]:
+    """Delta on the same examples: the teacher's words, where distilled fits learn what it thinks.
+
+    Layer and steps are those of the distilled fit.
+    """
+    from collections import Counter
+
+    from tl_laai import FitProblem, evaluate, fit_many
+
+    learnt = Counter(_taught(model, data, seed)(data.train))
+    weights = [n / learnt.total() for n in learnt.values()]
+    problem = FitProblem([*learnt], _layer_of(TAUGHT, data, seed), weights=weights)
+    [fitted] = fit_many(model, [problem], solver="adam", max_evaluations=TAUGHT_STEPS)
+    score = evaluate(model, data.test, intervention=fitted.intervention)
+    return [answer_row("fitted, taught", score, f"layer {fitted.layer}", **_of_fit(fitted))]
+
+
+def taught_layer(model: Any, data: Any, seed: int) -> list[Row]:
+    """Labels alone at the layer that the teacher's answers chose."""
+    from tl_laai import fit_auto
+
+    layer = _layer_of(TAUGHT, data, seed)
+    chosen = fit_auto(model, data.train, layers=[layer], alphas=(0.0,), **search(seed))
+    return [_fitted_row("unregularised, taught layer", model, data, chosen)]
+
+
+def _layer_of(method: str, data: Any, seed: int) -> int:
+    """The layer that a method chose, from its row."""
+    rows = read_rows(FIGURES / f"{NAME}.jsonl")
+    unit = (method, data.task.name, seed)
+    found = [row for row in rows if (row["method"], row["task"], row["seed"]) == unit]
+    if not found:
+        raise ValueError(f"{NAME}.jsonl has no row of {unit}: run the group that writes it first")
+    return int(found[-1]["layer"])
 
 
 def _taught(model: Any, data: Any, seed: int) -> Callable[[Sequence[Any]], list[Any]]:
     """From labelled examples to those and a fitted teacher's answers to inputs that are made up.
 
-    The teacher, the inputs and the labels' share are those of distilled fits; its answers are
-    labels here (sequence-level distillation, Kim & Rush 2016), not distributions.
+    Teacher, inputs and the labels' share are those of distilled fits; its answers are labels here
+    (sequence-level distillation, Kim & Rush 2016), not distributions. A fold's teacher knows the
+    fold's training part alone, but the inputs are made up once, from all ten.
     """
     from functools import cache
 
     from tl_laai import Example
-    from tl_laai.evaluation import evaluate_edits
+    from tl_laai.distillation import teach
     from tl_laai.made_up_inputs import make_up_inputs
-    from tl_laai.tasks import same_input_key
-    from tl_laai.teachers import fit_teacher
+    from tl_laai.prompts import decoded_answer
 
-    known = {same_input_key(e.input) for e in data.train}
-    made_up = make_up_inputs(model, data.train, 64, seed=seed)
-    inputs = [text for text in made_up if same_input_key(text) not in known]
+    settings = distilling(seed, TEACHER_STEPS)["distillation"].on(model)
+    inputs = make_up_inputs(model, data.train, settings.n_inputs, seed=seed)
 
     @cache
     def learn_from(labelled: tuple[Any, ...]) -> list[Any]:
-        edit = fit_teacher(model, labelled, steps=TEACHER_STEPS, seed=seed)
-        # No target is known; these are as long as the longest that is shown.
-        longest = max((e.output for e in labelled), key=len)
-        asked = [Example(text, longest) for text in inputs]
-        said = evaluate_edits(model, asked, {"it": edit}, demonstrations=labelled)["it"].rows
-        answered = [Example(row.input, row.prediction) for row in said if row.prediction]
+        said = [example.tokens for example in teach(model, inputs, labelled, settings)]
+        texts = [model.tokenizer.decode(list(tokens.answer)) for tokens in said]
+        # An answer that was cut off has no line break, and would be taught one.
+        answered = [
+            Example(tokens.input, decoded_answer(text, ()))
+            for tokens, text in zip(said, texts, strict=True)
+            if "\n" in text
+        ]
         n_copies = round(LABEL_SHARE / (1 - LABEL_SHARE) * len(answered) / len(labelled))
         return [*answered, *labelled * max(1, n_copies)]
 
@@ -344,8 +380,11 @@ GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "begun": begun,
     "begun others": begun_others,
     "finetuning": finetuning,
+    "taught layer": taught_layer,
+    "taught fits": taught_fits,
     "taught heads": taught_heads,
-    "taught finetuning": taught_finetuning,
+    "taught lora": partial(taught_finetuning, "lora"),
+    "taught ia3": partial(taught_finetuning, "ia3"),
 }
 
 
@@ -374,7 +413,8 @@ def main() -> None:
     if not arguments.from_rows:
         compute(arguments.groups, arguments.tasks, arguments.seeds, arguments.device)
     rows = read_rows(FIGURES / f"{NAME}.jsonl")
-    show([row for row in rows if row["seed"] in arguments.seeds])
+    of_seeds = [row for row in rows if row["seed"] in arguments.seeds]
+    show([row for row in of_seeds if row["task"] in arguments.tasks])
 
 
 if __name__ == "__main__":

@@ -123,11 +123,20 @@ def zeros(fitted: Any) -> Row:
     return {"n_heads": n_heads, "zeros": float((delta == 0).double().mean())}
 
 
-def finetuning(model: Any, data: Any, seed: int, *, suffix: str = "", **more: Any) -> list[Row]:
+def finetuning(
+    model: Any,
+    data: Any,
+    seed: int,
+    *,
+    methods: Sequence[str] = ("lora", "ia3"),
+    suffix: str = "",
+    **more: Any,
+) -> list[Row]:
     """LoRA and IA3, learning rate and steps by the same cross-validation.
 
     Args:
         model, data, seed: as for all groups.
+        methods: which of the two.
         suffix: of the methods' names.
         more: as for `tune_fine_tuning`.
     """
@@ -136,7 +145,7 @@ def finetuning(model: Any, data: Any, seed: int, *, suffix: str = "", **more: An
 
     plain = hugging_face_model(MODEL, like=model)
     rows = []
-    for method in ("lora", "ia3"):
+    for method in methods:
         settings = {"method": method, "seed": seed, "hf_model": plain, **more}
         tuned = tune_fine_tuning(model, data.train, **settings)
         setting = f"learning rate {tuned.learning_rate:g}, {tuned.steps} steps"
