@@ -309,7 +309,7 @@ def taught_fits(model: Any, data: Any, seed: int) -> list[Row]:
     from tl_laai import FitProblem, evaluate, fit_many
 
     learnt = Counter(_taught(model, data, seed)(data.train))
-    weights = [n / learnt.total() for n in learnt.values()]
+    weights = [float(n) for n in learnt.values()]
     problem = FitProblem([*learnt], _layer_of(TAUGHT, data, seed), weights=weights)
     [fitted] = fit_many(model, [problem], solver="adam", max_evaluations=TAUGHT_STEPS)
     score = evaluate(model, data.test, intervention=fitted.intervention)
@@ -358,7 +358,7 @@ def _taught(model: Any, data: Any, seed: int) -> Callable[[Sequence[Any]], list[
         texts = [model.tokenizer.decode(list(tokens.answer)) for tokens in said]
         # An answer that was cut off has no line break, and would be taught one.
         answered = [
-            Example(tokens.input, decoded_answer(text, ()))
+            Example(tokens.input, decoded_answer(text))
             for tokens, text in zip(said, texts, strict=True)
             if "\n" in text
         ]
