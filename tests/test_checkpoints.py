@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -33,8 +34,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def write_gguf(path: Path, without: str = "no tensor") -> Path:
-    """The tiny Llama as a GGUF file, by the rules of llama.cpp, written without transformers."""
+def write_gguf(path: Path, without: str = "no tensor", words: Sequence[str] = ()) -> Path:
+    """The tiny Llama as a GGUF file, by the rules of llama.cpp, written without transformers.
+
+    `words` come in the place of the last tokens; nothing says how they are merged of letters.
+    """
     gguf = pytest.importorskip("gguf")
     model, tokenizer = tiny_hf("llama", torch.float32), tiny_tokenizer()
     config = model.config
@@ -50,7 +54,8 @@ def write_gguf(path: Path, without: str = "no tensor") -> Path:
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(len(tokenizer))
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__))
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    writer.add_token_list([*tokens[: len(tokens) - len(words)], *words])
     writer.add_token_scores([0.0] * len(tokenizer))
     writer.add_token_types([3, 3, 3] + [1] * (len(tokenizer) - 3))
     writer.add_bos_token_id(1)
@@ -157,6 +162,13 @@ def test_a_gguf_file_without_all_weights_is_refused_instead_of_made_up(
     file = write_gguf(tmp_path / "part.gguf", without="layers.1.mlp.up_proj")
     with pytest.raises(ValueError, match=r"no tensor for \['model\.layers\.1\.mlp\.up_proj"):
         find_source(file)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_tokenizer_that_takes_its_words_apart_is_refused(tmp_path: Path, cache: Path) -> None:
+    path = write_gguf(tmp_path / "apart.gguf", words=["ĠKenya", "ĠFrance"])
+    with pytest.raises(ValueError, match="takes apart 2 of 2 words of its own vocabulary"):
+        find_source(path)
     assert list(cache.iterdir()) == []
 
 

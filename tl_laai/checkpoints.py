@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-CONVERTER_VERSION = 1  # raise it when a conversion writes something else: old folders stay unread
+CONVERTER_VERSION = 2  # raise it when a conversion writes something else: old folders stay unread
 MARKER_FILE = "tl_laai.json"
 _TOKENIZER_FILE = re.compile("token|vocab|spiece|tekken")  # whatever kind it is
 _DAY = 86400.0
@@ -273,3 +274,22 @@ def _write_checkpoint(gguf: Path, folder: Path) -> None:
         model.is_quantized = False
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        _check_words(AutoTokenizer.from_pretrained(folder))
+
+
+def _check_words(tokenizer: Any) -> None:
+    """Refuse a tokenizer that takes its own words apart: a model told letters knows no task.
+
+    transformers before 5.18 writes such ones for Gemma 3, and says nothing.
+    """
+    vocabulary = tokenizer.get_vocab()
+    words = [i for piece, i in vocabulary.items() if re.fullmatch("[▁Ġ][A-Za-z]{3,}", piece)]
+    sample = words[:: max(1, len(words) // 1000)]
+    n_apart = sum(
+        tokenizer(tokenizer.decode([i]), add_special_tokens=False).input_ids != [i] for i in sample
+    )
+    if 2 * n_apart > len(sample):
+        raise ValueError(
+            f"as transformers {version('transformers')} reads it, its tokenizer takes apart "
+            f"{n_apart} of {len(sample)} words of its own vocabulary; another version may not"
+        )
