@@ -306,7 +306,7 @@ def test_other_hooked_configurations_are_exact(changes: dict[str, Any]) -> None:
     assert_exact(model)
 
 
-@pytest.mark.parametrize("family", tiny.BRIDGE_ONLY)
+@pytest.mark.parametrize("family", [*tiny.BRIDGE_ONLY, *tiny.OTHERS])
 def test_other_families_are_exact_as_a_bridge(family: str) -> None:
     assert_exact(tiny_bridge(family))
 

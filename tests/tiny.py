@@ -25,6 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
@@ -53,6 +54,36 @@ except ImportError:  # TransformerLens 4 has only the Bridge
 
 FAMILIES = ("gpt2", "llama", "gemma", "neox", "qwen2")
 BRIDGE_ONLY = ("gemma2", "gptj", "gptneo", "opt", "mistral", "granite", "smollm3")
+# As a Bridge too, by transformers' names for them: what their configurations have beside `grouped`.
+_GPT: dict[str, Any] = {"n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+OTHERS: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "codegen": {**_GPT, "rotary_dim": 4},
+    "cohere2": {},
+    "ernie4_5": {},
+    "exaone4": {},
+    "falcon": {"multi_query": True, "alibi": False},
+    "glm4": {"head_dim": 8},
+    "gpt_bigcode": _GPT,
+    "granitemoe": {"num_local_experts": 4},
+    "internlm3": {},
+    "mixtral": {"num_local_experts": 4},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {},
+    "olmoe": _EXPERTS,
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 8},
+    "seed_oss": {"head_dim": 8},
+    "stablelm": {},
+    "starcoder2": {},
+}
 N_CTX = 128
 SLIDING_WINDOW = 4
 GRID = 2.0**12
@@ -201,7 +232,8 @@ def tiny_config(family: str) -> PreTrainedConfig:
                     "sliding_attention",
                 ],
             )
-    raise ValueError(f"family={family!r}: allowed are {FAMILIES}.")
+    groups = usual if family in ("codegen", "falcon") else grouped  # one key a head, one for all
+    return AutoConfig.for_model(family, **{**groups, **OTHERS[family]})
 
 
 # ----------------------------------------------------------------------- float64 all the way
@@ -275,7 +307,8 @@ def _scale(name: str) -> float:
 def tiny_hf(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """Random transformers model of a family, frozen, in eval mode, with eager attention."""
     config = tiny_config(family)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # in float64 too
+    model = AutoModelForCausalLM.from_config(config, **eager)
     model.config.architectures = [type(model).__name__]  # the Bridge picks its adapter by it
     generator = torch.Generator().manual_seed(seed)
     gemma = family.startswith("gemma")
