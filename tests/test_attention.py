@@ -38,9 +38,10 @@ def test_a_query_sees_keys_at_or_before_it_within_the_window(
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("n_prefix", [0, 3])
 def test_attention_over_prefix_and_suffix_equals_loops_over_heads_and_keys(
-    softcap: float | None, n_prefix: int
+    softcap: float | None, with_sinks: bool, n_prefix: int
 ) -> None:
     u, r, s, kv, g, d = 2, 3, 2, 2, 2, 4
     draw = functools.partial(torch.randn, dtype=torch.float64)
@@ -49,9 +50,9 @@ def test_attention_over_prefix_and_suffix_equals_loops_over_heads_and_keys(
     keys, values = draw(u, r, s, kv, d), draw(u, r, s, kv, d)
     positions = torch.arange(n_prefix, n_prefix + s).expand(u, r, s)
     seen = visible(positions, torch.arange(n_prefix).expand(u, -1), positions, None)
-    got = attend((u, r, s), q, prefix_keys, prefix_values, keys, values, seen, 0.3, softcap).view(
-        u, r, s, kv * g, d
-    )
+    sinks = draw(kv * g) if with_sinks else None
+    z = attend((u, r, s), q, prefix_keys, prefix_values, keys, values, seen, 0.3, softcap, sinks)
+    got = z.view(u, r, s, kv * g, d)
     for a in range(u):
         for b in range(r):
             for c in range(s):
@@ -62,7 +63,9 @@ def test_attention_over_prefix_and_suffix_equals_loops_over_heads_and_keys(
                     scores = 0.3 * k @ q.view(u, r, s, kv * g, d)[a, b, c, head]
                     if softcap is not None:
                         scores = softcap * torch.tanh(scores / softcap)
-                    torch.testing.assert_close(got[a, b, c, head], scores.softmax(0) @ v)
+                    weights = scores.exp()
+                    total = weights.sum() + (0 if sinks is None else sinks[head].exp())
+                    torch.testing.assert_close(got[a, b, c, head], weights @ v / total)
 
 
 @pytest.mark.parametrize(

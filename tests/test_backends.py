@@ -297,6 +297,7 @@ def test_attention_in_both_directions_is_refused_by_its_results() -> None:
         {"positional_embedding_type": "rotary", "rotary_dim": 2},
         {"positional_embedding_type": "rotary", "rotary_dim": 4, "rotary_adjacent_pairs": True},
         {"gated_mlp": True, "n_key_value_heads": 2},
+        {"use_attention_sinks": True},
     ],
 )
 def test_other_hooked_configurations_are_exact(changes: dict[str, Any]) -> None:

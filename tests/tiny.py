@@ -52,6 +52,9 @@ try:
 except ImportError:  # TransformerLens 4 has only the Bridge
     HAS_HOOKED = False
 
+N_CTX = 128
+SLIDING_WINDOW = 4
+GRID = 2.0**12
 FAMILIES = ("gpt2", "llama", "gemma", "neox", "qwen2")
 BRIDGE_ONLY = ("gemma2", "gptj", "gptneo", "opt", "mistral", "granite", "smollm3")
 # As a Bridge too, by transformers' names for them: what their configurations have beside `grouped`.
@@ -67,7 +70,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": True, "alibi": False},
     "glm4": {"head_dim": 8},
     "gpt_bigcode": _GPT,
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "sliding_window": SLIDING_WINDOW},
     "granitemoe": {"num_local_experts": 4},
+    "hunyuan_v1_dense": {"head_dim": 8},
     "internlm3": {},
     "mixtral": {"num_local_experts": 4},
     "nemotron": {},
@@ -84,9 +89,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {},
 }
-N_CTX = 128
-SLIDING_WINDOW = 4
-GRID = 2.0**12
 
 
 # --------------------------------------------------------------------------------- tokenizer

@@ -41,11 +41,13 @@ class AttentionRule:
         scale: factor on `q . k`.
         softcap: scores become `softcap * tanh(scores / softcap)`; None for no cap.
         window: a query sees keys at distances `0 .. window - 1`; None for all earlier positions.
+        sinks: a score a head, `[n_heads]`, that takes part in its softmax, and has no value.
     """
 
     scale: float
     softcap: float | None
     window: int | None
+    sinks: Tensor | None = None
 
 
 class _StopForward(Exception):  # noqa: N818  # not an error

@@ -62,8 +62,12 @@ def attend(
     seen: Tensor,
     scale: float,
     softcap: float | None,
+    sinks: Float[Tensor, " n_heads"] | None = None,
 ) -> Float[Tensor, "places n_heads d_head"]:
-    """Softmax attention of gridded queries over frozen prefix and own suffix keys."""
+    """Softmax attention of gridded queries over frozen prefix and own suffix keys.
+
+    `sinks` are scores that take part in a head's softmax, and have no value.
+    """
     u, r, s = packing_grid
     kv, p, d = prefix_keys.shape[1:]
     t, g = keys.shape[2], q.shape[1] // kv
@@ -85,7 +89,10 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     accumulate = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    pattern = scores.softmax(dim=-1, dtype=accumulate).to(q.dtype)
+    if sinks is not None:
+        own_sinks = sinks.to(scores).view(1, kv, 1, 1, g, 1).expand(u, kv, r, s, g, 1)
+        scores = torch.cat([scores, own_sinks], dim=-1)
+    pattern = scores.softmax(dim=-1, dtype=accumulate)[..., : p + t].to(q.dtype)
     from_prefix = pattern[..., :p].reshape(u, kv, r * s * g, p) @ prefix_values
     own = pattern[..., p:].transpose(1, 2).reshape(u, r, kv, s * g, t)
     from_suffix = own @ own_values

@@ -25,6 +25,7 @@ class BridgeBackend(Backend):
         self._has_own_tables = isinstance(own_table, Tensor)
         self.logit_scale = logit_scale(model.original_model.config)
         # Cohere's, since TransformerLens 4.
+        self._has_half_tables = model.original_model.config.model_type == "gpt_oss"
         self._interleaved_tables = bool(getattr(model.cfg, "rotary_interleaved_cos_sin", False))
         self._adjacent_pairs = (
             self._has_own_tables
@@ -60,7 +61,8 @@ class BridgeBackend(Backend):
             kinds = getattr(config, "layer_types", None)
             if kinds is None or kinds[layer] == "sliding_attention":
                 window = getattr(config, "sliding_window", None)
-        return AttentionRule(scale, getattr(inner, "attn_logit_softcapping", None), window)
+        softcap = getattr(inner, "attn_logit_softcapping", None)
+        return AttentionRule(scale, softcap, window, getattr(inner, "sinks", None))
 
     def qkv(
         self, layer: int, normalised: Tensor, positions: Tensor, *, with_query: bool = True
@@ -71,9 +73,9 @@ class BridgeBackend(Backend):
         if phase == "pre_reshape":
             q, k = attn.q_norm(q[None])[0], attn.k_norm(k[None])[0]
         q, k, v = (t.reshape(t.shape[0], -1, self.d_head) for t in (q, k, v))
-        if phase == "post_reshape":
-            q = attn.q_norm(q.transpose(0, 1)[None])[0].transpose(0, 1)
-            k = attn.k_norm(k.transpose(0, 1)[None])[0].transpose(0, 1)
+        rotated_first = getattr(attn.config, "qk_norm_after_rope", False)  # Hunyuan
+        if phase == "post_reshape" and not rotated_first:
+            q, k = self._normalise_heads(attn, q, k)
         # SmolLM3 has layers without positions.
         if layer in self._rotary and getattr(attn.original_component, "use_rope", True):
             # The model hands every layer the same tables, on the embedding's device.
@@ -81,7 +83,14 @@ class BridgeBackend(Backend):
                 t[positions.to(t.device), None, :].to(q.device) for t in self._rotary[layer]
             )
             q, k = (self._rotate(t, cos, sin) for t in (q, k))
+        if phase == "post_reshape" and rotated_first:
+            q, k = self._normalise_heads(attn, q, k)
         return q, k, v
+
+    @staticmethod
+    def _normalise_heads(attn: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q = attn.q_norm(q.transpose(0, 1)[None])[0].transpose(0, 1)
+        return q, attn.k_norm(k.transpose(0, 1)[None])[0].transpose(0, 1)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         size = cos.shape[-1]
@@ -108,6 +117,8 @@ class BridgeBackend(Backend):
         if isinstance(rotary, tuple) and isinstance(rotary[0], Tensor):
             known = self._rotary.get(layer)
             cos, sin = (t.detach().reshape(-1, *t.shape[-2:])[0] for t in rotary)
+            if self._has_half_tables:
+                cos, sin = (torch.cat([t, t], dim=-1) for t in (cos, sin))
             if known is not None:
                 shared = min(len(cos), len(known[0]))
                 if not torch.allclose(cos[:shared], known[0][:shared], rtol=0, atol=1e-2):

@@ -23,7 +23,7 @@ class HookedBackend(Backend):
                 f"model.cfg.positional_embedding_type is {kind!r}: only 'standard' (learnt) and "
                 "'rotary' positions can be frozen exactly. Load another model."
             )
-        for flag in ("use_attention_sinks", "use_dynamic_ntk_rope", "use_logn_attn"):
+        for flag in ("use_dynamic_ntk_rope", "use_logn_attn"):
             if getattr(cfg, flag, False):
                 raise ValueError(f"model.cfg.{flag} is True: not supported by the frozen prefix.")
 
@@ -37,7 +37,12 @@ class HookedBackend(Backend):
         attn: Any = self.attention(layer)
         softcap = float(self.model.cfg.attn_scores_soft_cap)
         window = int(self.model.cfg.window_size) if attn.attn_type == "local" else None
-        return AttentionRule(1.0 / float(attn.attn_scale), softcap if softcap > 0 else None, window)
+        return AttentionRule(
+            1.0 / float(attn.attn_scale),
+            softcap if softcap > 0 else None,
+            window,
+            getattr(attn, "sinks", None),
+        )
 
     def qkv(
         self, layer: int, normalised: Tensor, positions: Tensor, *, with_query: bool = True

@@ -255,6 +255,7 @@ def run(
             seen[rule.window],
             rule.scale,
             rule.softcap,
+            rule.sinks,
         )
         return edit(layer, z.index_select(0, packing.slot[: q.shape[0]]))
 
