@@ -67,6 +67,18 @@ def test_a_record_is_shown_flat_with_quotation_marks_where_needed() -> None:
     ]
 
 
+def test_a_record_of_a_sum_shows_its_parts_and_how_long_tables_are() -> None:
+    half = {"operation": "multiply", "argument": 0.5, "parts": [{"seed": 1}]}
+    record = {"operation": "add", "parts": [{"table": [{"layer": 3}, {"layer": 6}]}, half]}
+    assert [line.split(maxsplit=1) for line in rendered(display.record_table(record))] == [
+        ["operation", "add"],
+        ["parts.0.table", "2 rows, which --json prints"],
+        ["parts.1.operation", "multiply"],
+        ["parts.1.argument", "0.5"],
+        ["parts.1.parts.0.seed", "1"],
+    ]
+
+
 def test_cells_are_shown_as_they_are_and_not_read_as_markup() -> None:
     assert "[red]x[/red]" in rendered(display.text_table(("a",), [("[red]x[/red]",)]))[1]
 

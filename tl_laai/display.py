@@ -300,7 +300,7 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def record_table(provenance: Mapping[str, Any]) -> Table:
-    """A nested record as rows of dotted names and values.
+    """A nested record as rows of dotted names and values; of tables in it, how long they are.
 
     Example:
         >>> out.print(record_table({"split": {"seed": 0}}))  # doctest: +SKIP
@@ -317,6 +317,10 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
+        elif name == "parts":  # of a sum or a multiple
+            yield from _flat({str(i): part for i, part in enumerate(value)}, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            yield f"{prefix}{name}", f"{len(value)} rows, which --json prints"
         else:
             yield f"{prefix}{name}", value
 
