@@ -35,6 +35,8 @@ SET_ON_TASKS = (
 )
 OURS = (
     "best by validation",
+    "preset distill",
+    "preset relaxed",
     "relaxed",
     "relaxed, half",
     "unregularised",
@@ -45,7 +47,15 @@ OURS = (
     "distilled, every step",
     "distilled, half",
 )
-FIRST = ("zero-shot", "few-shot", "few-shot, fitted", *OURS, "penalised", "penalised, weaker")
+FIRST = (
+    "zero-shot",
+    "few-shot",
+    "few-shot, fitted",
+    *OURS,
+    "preset paper",
+    "penalised",
+    "penalised, weaker",
+)
 OTHERS = (
     "zero-shot",
     "few-shot",

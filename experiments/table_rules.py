@@ -122,6 +122,15 @@ def weaker(model: Any, data: Any, seed: int) -> list[Row]:
     return [_fitted_row("penalised, weaker", model, data, chosen)]
 
 
+def preset(name: str, model: Any, data: Any, seed: int) -> list[Row]:
+    """`fit_auto` as it is called: its own layers, penalties, steps and folds."""
+    from tl_laai import fit_auto
+    from tl_laai.selection import PRESETS
+
+    chosen = fit_auto(model, data.train, seed=seed, **PRESETS[name])
+    return [_fitted_row(f"preset {name}", model, data, chosen)]
+
+
 def half(model: Any, data: Any, seed: int) -> list[Row]:
     """Relaxed fits on at most half of the heads of the layer that does best on all."""
     return [_half("relaxed, half", model, data, **search(seed))]
@@ -371,6 +380,9 @@ def _taught(model: Any, data: Any, seed: int) -> Callable[[Sequence[Any]], list[
 GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "fits": fits,
     "weaker": weaker,
+    "preset paper": partial(preset, "paper"),
+    "preset relaxed": partial(preset, "relaxed"),
+    "preset distill": partial(preset, "distill"),
     "half": half,
     "distilled": distilled,
     "fitted teacher": fitted_teacher,
