@@ -21,7 +21,7 @@ from tl_laai import products
 
 # Called for every operation of torch, where checking annotations that all say Any takes a third of
 # the time of many tests.
-products.frozen_products.__torch_function__.__no_type_check__ = True
+products._FrozenProducts.__torch_function__.__no_type_check__ = True
 
 BACKENDS = ("hooked", "bridge") if tiny.HAS_HOOKED else ("bridge",)
 BUILT_IN_MODEL = "gemma-3-270m"

@@ -9,10 +9,11 @@ together *after* a call that returned: a bad argument must be refused by the pac
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from beartype import beartype
 
+_INNER: dict[Any, Callable[..., Any]] = {}
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
 
@@ -20,5 +21,13 @@ def after_the_call(function: AnyCallable) -> AnyCallable:
     """Check a function with beartype, but not when jaxtyping asks for its arguments alone."""
     # jaxtyping asks twice: for the arguments, with the result declared Any, and after the call for
     # both, with the real annotation.
-    arguments_alone = function.__annotations__.get("return") is Any
-    return function if arguments_alone else beartype(function)
+    annotations = function.__annotations__
+    if annotations.get("return") is Any:
+        return function
+    if "<locals>" not in function.__qualname__:
+        return beartype(function)
+    # jaxtyping asks again whenever a function inside another comes to be, for the same check.
+    key = (function.__module__, function.__qualname__, tuple(annotations.items()))
+    if key not in _INNER:
+        _INNER[key] = beartype(function)
+    return cast(AnyCallable, _INNER[key])

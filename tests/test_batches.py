@@ -18,11 +18,12 @@ EXAMPLES = tuple(Example(word, word.upper()) for word in ("ab", "cde", "f", "gh"
 
 def test_bfloat16_weights_carry_float32_deltas_and_losses(gemma: Any, backend: str) -> None:
     """Measured: losses differ by up to 1.2 %, gradients by up to 7.5 % of their norm."""
-    train = Task.load("country-capital").split(train=3, seed=0).train
+    # One example: a CPU without instructions for bfloat16 takes seconds for a pass.
+    train = Task.load("country-capital").split(train=1, seed=0).train
     narrow = load_model(BUILT_IN_MODEL, dtype=torch.bfloat16, device="cpu", backend=backend)
     found = []
     for model in (gemma, narrow):
-        batch = FitBatch(model, [FitProblem(train, 9), FitProblem(train, 12, alpha=0.9)])
+        batch = FitBatch(model, [FitProblem(train, 12), FitProblem(train, 15, alpha=0.9)])
         start = torch.full_like(batch.zero, 0.01)
         loss, gradient = batch.engine.value_and_grad(start, batch.everyone)
         assert loss.dtype == gradient.dtype == batch.zero.dtype == torch.float32

@@ -241,6 +241,9 @@ def tiny_config(family: str) -> PreTrainedConfig:
 # ----------------------------------------------------------------------- float64 all the way
 
 
+_CASTS = frozenset({torch.Tensor.float, torch.Tensor.to, torch.Tensor.type})
+
+
 class _KeepFloat64(TorchFunctionMode):
     """Ignore requests to compute a float64 tensor's norm, rotation or softmax in float32.
 
@@ -255,14 +258,15 @@ class _KeepFloat64(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+        kwargs = kwargs or {}
+        casts = func in _CASTS or kwargs.get("dtype") is torch.float32
+        # In this order: every operation and every shape comes by here.
+        if casts and args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]
-            if func in (torch.Tensor.to, torch.Tensor.type):
-                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
+                kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,12 +143,7 @@ def _tensor_cores_widen(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and _MM_WIDENS
 
 
-class frozen_products(TorchFunctionMode):  # noqa: N801  # a context, like torch.no_grad
-    """Within it the linear maps of a model's modules are fast, too.
-
-    Their gradients are taken with respect to activations alone.
-    """
-
+class _FrozenProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -159,3 +155,12 @@ class frozen_products(TorchFunctionMode):  # noqa: N801  # a context, like torch
                 if _suits(x, weight):
                     return linear(x, weight.T, bias)
         return func(*args, **(kwargs or {}))
+
+
+def frozen_products() -> AbstractContextManager[object]:
+    """A context in which the linear maps of a model's modules are fast, too.
+
+    Their gradients are taken with respect to activations alone.
+    """
+    # A mode is asked at every operation of torch, and for every shape.
+    return _FrozenProducts() if USE_ONEDNN else nullcontext()
