@@ -40,7 +40,7 @@ def layers_of(model: Any) -> list[int]:
 
 def search(seed: int) -> dict[str, Any]:
     """Settings of `fit_auto` that all tables share."""
-    return {"relax_steps": STEPS, "n_folds": N_FOLDS, "seed": seed}
+    return {"relax_steps": STEPS, "n_folds": N_FOLDS, "seed": seed, "drop_below": 0.0}
 
 
 def distilling(seed: int, teacher_steps: int = 0) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def search_on(model: Any, told: list[tuple[str, int, int]] | None = None) -> Cro
     return CrossValidation(
         model, EXAMPLES, FOLDS, 0.0, EVALUATIONS, LEARNING_RATE, "prompt_end", DEFAULT_TEMPLATE,
         1.0, None if told is None else lambda *state: told.append(state), TAUGHT, n_inputs=3,
+        drop_below=0.0,
     )  # fmt: skip
 
 
@@ -90,6 +91,28 @@ def test_scores_are_those_of_fits_made_fold_by_fold(
             )
             slow.append(held_out_scores(model, own.intervention.deltas, held_out))
         check(row, *map(list, zip(*slow, strict=True)))
+
+
+def test_fits_that_fall_behind_are_left_and_change_nothing_of_the_others(model: Any) -> None:
+    grid = [Trial(layer, alpha) for layer in (0, 1, 3) for alpha in (0.8, 0.0)]
+    steps = (2, 4, 6)
+    every = search_on(model).score("final", grid, FOLDS, steps)
+    lengths = set()
+    for share in (0.5, 0.9, 0.97, 1.0):
+        followed, expected = grid, []
+        for k in steps:
+            rows = [row for row in every if row.relax_steps == k]
+            rows = [row for row in rows if Trial(row.layer, row.alpha) in followed]
+            expected += rows
+            least = share * max(row.score() for row in rows)
+            followed = [Trial(row.layer, row.alpha) for row in rows if row.score() >= least]
+        rows = replace(search_on(model), drop_below=share).score("final", grid, FOLDS, steps)
+        for row, own in zip(rows, expected, strict=True):
+            assert (row.layer, row.alpha) == (own.layer, own.alpha)
+            assert row.relax_steps == own.relax_steps
+            assert row.fold_losses == pytest.approx(own.fold_losses, rel=1e-12)
+        lengths.add(len(rows))
+    assert len(lengths) > 1  # shares differ in what they leave
 
 
 def test_opinions_are_scored_by_the_averaged_answers_to_each_question(model: Any) -> None:
@@ -191,19 +214,22 @@ def test_the_setting_is_kept_that_leaves_the_most_heads_allowed(
     assert kept == Trial(layer, alphas[allowed.index(max(allowed))])
 
 
-def test_the_work_told_is_the_work_foretold(model: Any) -> None:
+@pytest.mark.parametrize("drop_below", [0.0, 1.0])
+def test_the_work_told_is_the_work_foretold(model: Any, drop_below: float) -> None:
     told: list[tuple[str, int, int]] = []
-    search = search_on(model, told)
+    search = replace(search_on(model, told), drop_below=drop_below)
     grid = [Trial(1, 0.8), Trial(3, 0.0)]
-    foretold = search.work.of_fits(grid, search.work.parts(FOLDS[:2], taught=False), (3, 5))
+    parts = search.work.parts(FOLDS[:2], taught=False)
+    foretold = search.work.of_fits(grid, parts, (3, 5))
     search.work.whole = 2 * foretold
     search.score("final", grid, FOLDS[:2], (3, 5))
     assert {name for name, _, _ in told} == {"final"}
     done = [state[1] for state in told]
     assert done == sorted(done)
-    assert 0.5 * foretold < done[-1] <= foretold
+    to_come = foretold - (2 * sum(parts) if drop_below else 0)  # the worse makes 3 of 5 steps
+    assert 0.5 * to_come < done[-1] <= to_come
     search.work.tell("next", 0)
-    assert told[-1] == ("next", foretold, search.work.whole)
+    assert told[-1] == ("next", to_come, to_come + foretold)
 
 
 def test_fits_that_diverge_have_no_score(model: Any) -> None:

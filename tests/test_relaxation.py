@@ -12,7 +12,7 @@ from tl_laai.batches import FitBatch, FitProblem
 from tl_laai.fitting import fit, fit_many
 from tl_laai.penalties import SparseGroupLasso
 from tl_laai.relaxation import relax
-from tl_laai.solvers import Progress, proximal_gradient
+from tl_laai.solvers import Progress, Status, proximal_gradient
 from tl_laai.tasks import Example
 
 EXAMPLES = tuple(Example(word, word.upper()) for word in ("ab", "cde", "f", "gh"))
@@ -44,6 +44,32 @@ def test_the_free_entries_walk_as_torchs_adam_does_and_the_others_never_move() -
     last = torch.stack([solution.delta for solution in found.solutions])
     assert torch.equal(last, found.iterates[20])
     assert torch.equal(last != 0, support)
+
+
+def test_a_problem_that_is_not_followed_ends_there_and_the_others_go_on() -> None:
+    support = torch.ones(3, 2, 2, dtype=torch.bool)
+    options: dict[str, Any] = {"dtype": torch.float64, "steps": 6, "at": (2, 4, 6)}
+    alone = relax(quartic, support, **options)
+    asked, evaluated = [], []
+
+    def follow(steps: int, deltas: Tensor) -> Tensor:
+        asked.append((steps, deltas))
+        return torch.tensor([True, steps != 2, True])
+
+    def counted(deltas: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
+        evaluated.append(problems.tolist())
+        return quartic(deltas, problems)
+
+    found = relax(counted, support, follow=follow, **options)
+    assert [steps for steps, _ in asked] == [2, 4]
+    assert torch.equal(asked[0][1], alone.iterates[2])
+    assert evaluated == [[0, 1, 2]] * 3 + [[0, 2]] * 4
+    for steps in (4, 6):
+        assert torch.equal(found.iterates[steps][[0, 2]], alone.iterates[steps][[0, 2]])
+        assert bool(found.iterates[steps][1].isnan().all())
+    assert torch.equal(found.solutions[1].delta, alone.iterates[2][1])
+    assert {solution.status for solution in found.solutions} == {Status.EARLY_STOPPED}
+    assert [solution.n_evaluations for solution in found.solutions] == [7, 3, 7]
 
 
 def test_an_empty_support_stays_at_zero() -> None:

@@ -233,6 +233,7 @@ def test_one_layer_is_not_screened(model: Any) -> None:
         ({"layers": (0, 4)}, "layers holds 4; this model has layers 0 to 3"),
         ({"n_folds": 1}, "n_folds is 1; use at least 2"),
         ({"relax_steps": (0, 3)}, "relax_steps holds 0; give 1 or more"),
+        ({"drop_below": 1.5}, r"drop_below is 1\.5; give a share from 0 to 1"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_refused(

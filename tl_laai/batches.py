@@ -215,6 +215,7 @@ class FitBatch:
         tolerance: SupportsFloat = 1e-3,
         max_evaluations: SupportsIndex = 150,
         learning_rate: SupportsFloat = LEARNING_RATE,
+        follow: Callable[[int, Tensor], Tensor] | None = None,
         callback: Callable[[Any], None] | None = None,
     ) -> Relaxed:
         """Let each problem's penalty choose entries, then fit those by Adam without it.
@@ -225,6 +226,7 @@ class FitBatch:
             tolerance: of the penalised fits, which only problems with a penalty need.
             max_evaluations: of the penalised fits.
             learning_rate: of Adam.
+            follow: which problems go on, as for `relax`.
             callback: called after each evaluation of either stage.
 
         Raises:
@@ -257,6 +259,7 @@ class FitBatch:
             steps=steps,
             at=at,
             learning_rate=learning_rate,
+            follow=follow,
             callback=None if callback is None else _later(callback, chosen),
         )
         self._settings = {

@@ -64,6 +64,8 @@ class CrossValidation:
         progress: called with `(what, work done, work in all)`.
         distillation: settings of distilled fits.
         n_inputs: of how many of their inputs they learn, at most, until one is chosen.
+        drop_below: relaxed fits whose held-out answers are less probable than this share of the
+            best ones' are not followed to more steps.
     """
 
     model: Any
@@ -78,6 +80,7 @@ class CrossValidation:
     progress: Callable[[str, int, int], None] | None
     distillation: Distillation
     n_inputs: int
+    drop_below: float
     _deltas: dict[Candidate, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -113,8 +116,8 @@ class CrossValidation:
             name: of the round.
             grid: what is tried.
             folds: indices of the examples that are held out together.
-            relax_steps: numbers of steps of relaxed fits, one candidate each; none for the
-                penalised fits themselves.
+            relax_steps: numbers of steps of relaxed fits, one candidate each, until one is
+                dropped; none for the penalised fits themselves.
             max_evaluations: of a penalised fit; None for that of all rounds.
         """
         limit = self.max_evaluations if max_evaluations is None else max_evaluations
@@ -134,16 +137,33 @@ class CrossValidation:
                     problem = taught_problem(problem, lessons[k, trial.label_share])
                 problems.append(problem)
         parts = self.work.parts(folds, taught=bool(shares))
-        with self.work.reaching(self.work.of_fits(grid, parts, relax_steps, limit)):
-            found = self._fit(name, problems, relax_steps, limit)
-        candidates = []
-        for steps, deltas in found.items():
-            own = deltas.unflatten(0, (len(grid), len(folds)))
-            losses, probabilities = self._held_out(grid, own.nan_to_num(), asked)
-            rows = candidates_of(name, grid, steps, own, losses, probabilities)
+        candidates: dict[int, list[Candidate]] = {}
+        followed = list(range(len(grid)))
+
+        def compare(steps: int, deltas: Tensor) -> Tensor:
+            """Rows of the trials that are followed; which go on, one answer a fit."""
+            own = deltas.unflatten(0, (len(grid), len(folds)))[followed]
+            trials = [grid[i] for i in followed]
+            losses, probabilities = self._held_out(trials, own.nan_to_num(), asked)
+            rows = candidates_of(name, trials, steps, own, losses, probabilities)
             self._deltas |= dict(zip(rows, own.nan_to_num(), strict=True))
-            candidates += rows
-        return candidates
+            candidates[steps] = rows
+            if probabilities is not None and self.drop_below:
+                least = self.drop_below * max(row.score() for row in rows)
+                kept = [i for i, row in zip(followed, rows, strict=True) if row.score() >= least]
+                left = len(followed) - len(kept)
+                self.work.leave_out(left * sum(parts) * (max(relax_steps, default=0) - steps))
+                followed[:] = kept
+            goes_on = torch.zeros(len(grid), dtype=torch.bool)
+            goes_on[followed] = True
+            return goes_on.repeat_interleave(len(folds))
+
+        with self.work.reaching(self.work.of_fits(grid, parts, relax_steps, limit)):
+            found = self._fit(name, problems, relax_steps, limit, compare)
+        for steps, deltas in found.items():
+            if steps not in candidates:
+                compare(steps, deltas)
+        return [row for rows in candidates.values() for row in rows]
 
     def score_by_teacher(
         self, name: str, grid: Sequence[Trial], relax_steps: Sequence[int]
@@ -206,6 +226,7 @@ class CrossValidation:
         problems: Sequence[FitProblem],
         relax_steps: Sequence[int],
         max_evaluations: int,
+        follow: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Mapping[int, Tensor]:
         """All fits as one batch: number of relaxed steps (0 for none) -> deltas."""
         batch = FitBatch(
@@ -227,6 +248,7 @@ class CrossValidation:
                 at=relax_steps,
                 max_evaluations=max_evaluations,
                 learning_rate=self.learning_rate,
+                follow=follow,
                 callback=callback,
             ).iterates
         solutions = batch.solve(max_evaluations=max_evaluations, callback=callback)

@@ -251,7 +251,8 @@ def bootstrap_interval(
     numbers = _numbers("values", values)
 
     def resample(generator: np.random.Generator, n: int) -> np.ndarray:
-        return generator.choice(numbers, size=(n, numbers.size)).mean(axis=1)
+        means: np.ndarray = generator.choice(numbers, size=(n, numbers.size)).mean(axis=1)
+        return means
 
     return _interval(resample, numbers.size, level=level, n_resamples=n_resamples, seed=seed)
 
@@ -308,11 +309,12 @@ def paired_bootstrap(
         # Quicker than integers below each size, and never rounded up to it.
         member = (generator.random(of.size) * sizes[of]).astype(np.intp)
         first = np.cumsum(totals) - totals
-        return np.add.reduceat(differences[starts[of] + member], first) / totals
+        means: np.ndarray = np.add.reduceat(differences[starts[of] + member], first) / totals
+        return means
 
-    low, high = _interval(resample, differences.size, level=level, n_resamples=n_resamples, seed=seed)
-    counts = {"n_examples": differences.size, "n_groups": len(sizes)}
     options = {"n_resamples": n_resamples, "seed": seed}
+    low, high = _interval(resample, differences.size, level=level, **options)
+    counts = {"n_examples": differences.size, "n_groups": len(sizes)}
     return PairedDifference(float(differences.mean()), low, high, level, **options, **counts)
 
 

@@ -43,6 +43,7 @@ def relax(
     steps: int,
     at: Collection[int] = (),
     learning_rate: float = LEARNING_RATE,
+    follow: Callable[[int, Tensor], Tensor] | None = None,
     callback: Callable[[Progress], None] | None = None,
 ) -> Relaxed:
     """Adam from zero on the entries of a support; all others stay exactly zero.
@@ -61,6 +62,8 @@ def relax(
         steps: of Adam.
         at: numbers of steps whose deltas are wanted too, 1 to `steps`.
         learning_rate: of Adam, in units of delta.
+        follow: asked at each of `at` but the last, with that number and the deltas of all problems
+            then, which of them go on, `[n_problems]`; the others end there.
         callback: as for `solvers.adam`.
     """
     out = [k for k in at if not 1 <= k <= steps]
@@ -70,6 +73,7 @@ def relax(
     lost = torch.full(support.shape, torch.nan, dtype=dtype, device=support.device)
     iterates = dict.fromkeys(sorted(at), lost)
     done = -1  # the start is evaluated first, after no step
+    dropped: set[int] = set()
 
     def masked(
         deltas: Float[Tensor, "n_active n_heads d_head"], problems: Int[Tensor, " n_active"]
@@ -78,14 +82,17 @@ def relax(
         done += 1
         if done in at:
             iterates[done] = lost.index_copy(0, problems, deltas)
+            if follow is not None and done < steps:
+                dropped.update((~follow(done, iterates[done])).nonzero().flatten().tolist())
         losses, gradients = value_and_grad(deltas, problems)
         return losses, [own * support[p] for own, p in zip(gradients, problems, strict=True)]
 
     start = torch.zeros(support.shape, dtype=dtype, device=support.device)
     none = SparseGroupLasso(0.0, 0.0)
     solutions = adam(
-        masked, start, none, learning_rate=learning_rate, steps=steps, callback=callback
-    )
+        masked, start, none, learning_rate=learning_rate, steps=steps,
+        ended=dropped.__contains__, callback=callback,
+    )  # fmt: skip
     stopped = (
         solution
         if solution.status is Status.NON_FINITE

@@ -35,6 +35,7 @@ from tl_laai.relaxation import LEARNING_RATE
 from tl_laai.rounds import (
     CHOOSING_EVALUATIONS,
     DISTILLED_INPUTS,
+    DROP_BELOW,
     MIXED_FOLDS,
     PENALISED_EVALUATIONS,
     SCREENING_EVALUATIONS,
@@ -120,6 +121,7 @@ def fit_auto(
     template: PromptTemplate = DEFAULT_TEMPLATE,
     max_evaluations: SupportsIndex | None = None,
     learning_rate: float = LEARNING_RATE,
+    drop_below: float = DROP_BELOW,
     max_memory: float = 1.0,
     provenance: dict[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -162,6 +164,8 @@ def fit_auto(
             layers are screened; None for 40, and for 15 where it only chooses the entries of a
             relaxed one.
         learning_rate: of the relaxed fits.
+        drop_below: of fits on labels, those whose held-out answers are less probable than this
+            share of the best ones' are not followed to more steps; 0 follows all, and takes longer.
         max_memory: GiB that one chunk of rows may take above the model.
         provenance: kept with the intervention.
         progress: called with `(what, work done, work in all)`; work is counted in
@@ -185,6 +189,8 @@ def fit_auto(
     steps = None if relax_steps is None else [integer("relax_steps", n) for n in relax_steps]
     max_heads = None if max_heads is None else integer("max_heads", max_heads)
     n_folds, seed = integer("n_folds", n_folds), integer("seed", seed)
+    if not 0 <= drop_below <= 1:
+        raise ValueError(f"drop_below is {drop_below}; give a share from 0 to 1.")
     json_provenance(provenance or {})
     if distillation is not None and "distill" not in objectives:
         raise ValueError(
@@ -205,7 +211,7 @@ def fit_auto(
     limit = integer("max_evaluations", max_evaluations)
     search = CrossValidation(
         model, examples, folds, l1_ratio, limit, learning_rate, position, template,
-        max_memory, progress, taught, DISTILLED_INPUTS,
+        max_memory, progress, taught, DISTILLED_INPUTS, float(drop_below),
     )  # fmt: skip
     # Few folds that together hold out every example: the fewer fitted on, the faster.
     parts = cross_validation_folds(labels, SCREENING_FOLDS, seed)
@@ -251,6 +257,7 @@ def fit_auto(
             "folds": len(folds),
             "seed": seed,
             "max_heads": max_heads,
+            "drop_below": float(drop_below),
             "table": [candidate.as_json() for candidate in table],
             "held_out": None if held_out is None else held_out.exact_match,
             "teacher": None if teacher is None else teacher.exact_match,

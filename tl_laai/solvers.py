@@ -175,6 +175,7 @@ def adam(
     learning_rate: float = 0.1,
     steps: int = 60,
     tolerance: float = 1e-3,
+    ended: Callable[[int], bool] | None = None,
     callback: Callable[[Progress], None] | None = None,
 ) -> tuple[Solution, ...]:
     """Plain Adam on loss plus penalty by subgradients (Kingma & Ba 2015): no exact zeros.
@@ -192,11 +193,13 @@ def adam(
         learning_rate: Size of a step in each entry, in units of `delta`.
         steps: Updates; one more gradient is taken at the end, to report the last iterate.
         tolerance: As for `proximal_gradient`; it only decides the status.
+        ended: Asked of each problem after its evaluation whether to end it there.
         callback: As for `proximal_gradient`.
 
     Returns:
         One `Solution` a problem, at the last iterate: `Status.CONVERGED` if it is stationary, else
-        `Status.MAX_EVALUATIONS`; or at the last finite iterate with `Status.NON_FINITE`.
+        `Status.MAX_EVALUATIONS`, or `Status.EARLY_STOPPED` where it was `ended`; or at the last
+        finite iterate with `Status.NON_FINITE`.
 
     Raises:
         TypeError, ValueError: As for `proximal_gradient`.
@@ -208,7 +211,7 @@ def adam(
     def method(start: Tensor, own: SparseGroupLasso) -> _Method:
         return _adam(start, own, learning_rate, steps, tolerance)
 
-    return _solve(value_and_grad, delta0, penalty, method, callback)
+    return _solve(value_and_grad, delta0, penalty, method, callback, ended)
 
 
 def _solve(
@@ -217,6 +220,7 @@ def _solve(
     penalty: SparseGroupLasso,
     method: Callable[[Tensor, SparseGroupLasso], _Method],
     callback: Callable[[Progress], None] | None,
+    ended: Callable[[int], bool] | None = None,
 ) -> tuple[Solution, ...]:
     """Run one `method` a problem, evaluating the trials of those that still run together."""
     _check_start(delta0)
@@ -243,19 +247,23 @@ def _solve(
             if point.objective < lowest[i]:
                 lowest[i] = point.objective
             try:
-                trials[i] = methods[i].send(point)
+                if ended is not None and point.finite and ended(i):
+                    status, end = Status.EARLY_STOPPED, point
+                else:
+                    trials[i] = methods[i].send(point)
+                    continue
             except StopIteration as stop:
-                del trials[i]
                 status, end = stop.value
-                solutions[i] = Solution(
-                    delta=end.delta,
-                    status=status,
-                    objective=end.objective,
-                    loss=end.loss,
-                    stationarity=end.stationarity,
-                    n_evaluations=len(histories[i]),
-                    history=tuple(histories[i]),
-                )
+            del trials[i]
+            solutions[i] = Solution(
+                delta=end.delta,
+                status=status,
+                objective=end.objective,
+                loss=end.loss,
+                stationarity=end.stationarity,
+                n_evaluations=len(histories[i]),
+                history=tuple(histories[i]),
+            )
         if callback is not None:
             callback(Progress(evaluation, len(trials), n_problems, tuple(lowest)))
     return tuple(solutions[i] for i in range(n_problems))

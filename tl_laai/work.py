@@ -33,6 +33,7 @@ class Work:
         progress: called with `(what, work done, work in all)`.
         whole: work in all, at most.
         done: how much of it is.
+        left_out: how much was foretold and is not to come.
     """
 
     n_examples: int
@@ -42,6 +43,7 @@ class Work:
     progress: Callable[[str, int, int], None] | None = None
     whole: int = 0
     done: int = 0
+    left_out: int = 0
 
     def tell(self, name: str, evaluations: int) -> None:
         """Count work that was done, and tell of it."""
@@ -51,10 +53,15 @@ class Work:
 
     @contextmanager
     def reaching(self, evaluations: int) -> Iterator[None]:
-        """After the block so much more is done, however much of it was told inside."""
-        before = self.done
+        """After the block so much more is done or left out, however much was told inside."""
+        before = self.done + self.left_out
         yield
-        self.done = before + evaluations
+        self.done = before + evaluations - self.left_out
+
+    def leave_out(self, evaluations: int) -> None:
+        """Count work that was foretold and is not to come."""
+        self.left_out += evaluations
+        self.whole -= evaluations
 
     @property
     def of_teacher(self) -> int:
