@@ -20,6 +20,14 @@ def test_a_score_that_is_no_number_is_the_lowest() -> None:
     assert rows[1].score() == pytest.approx(0.35)
 
 
+def test_odds_are_those_of_a_probability() -> None:
+    odds = [
+        Candidate(1, 0.5, "final", 1.0, 0.1, score, 1.0, (1.0,), (score,)).odds()
+        for score in (0.0, 0.2, 0.5, 1.0, math.nan, -math.inf)
+    ]
+    assert odds == pytest.approx([0.0, 0.25, 1.0, math.inf, -math.inf, -math.inf])
+
+
 def test_a_candidate_without_a_finite_score_is_never_chosen() -> None:
     rows = [
         Candidate(layer, 0.5, "final", -score, 0.1, score, 1.0, (-score,) * 5, (score,) * 5)

@@ -104,8 +104,8 @@ def test_fits_that_fall_behind_are_left_and_change_nothing_of_the_others(model: 
             rows = [row for row in every if row.relax_steps == k]
             rows = [row for row in rows if Trial(row.layer, row.alpha) in followed]
             expected += rows
-            least = share * max(row.score() for row in rows)
-            followed = [Trial(row.layer, row.alpha) for row in rows if row.score() >= least]
+            odds = {Trial(row.layer, row.alpha): row.score() / (1 - row.score()) for row in rows}
+            followed = [trial for trial in odds if odds[trial] >= share * max(odds.values())]
         rows = replace(search_on(model), drop_below=share).score("final", grid, FOLDS, steps)
         for row, own in zip(rows, expected, strict=True):
             assert (row.layer, row.alpha) == (own.layer, own.alpha)

@@ -77,6 +77,11 @@ class Candidate:
         mean = sum(self.fold_scores) / len(self.fold_scores)
         return -math.inf if math.isnan(mean) else mean
 
+    def odds(self) -> float:
+        """The score's odds where it is a probability: near 1 as telling as near 0."""
+        score = self.score()
+        return score / (1 - score) if 0 <= score < 1 else math.copysign(math.inf, score)
+
     def as_json(self) -> dict[str, Any]:
         """For the provenance: JSON has no NaN and no tuples."""
         return {name: _plain(value) for name, value in vars(self).items()}

@@ -64,8 +64,8 @@ class CrossValidation:
         progress: called with `(what, work done, work in all)`.
         distillation: settings of distilled fits.
         n_inputs: of how many of their inputs they learn, at most, until one is chosen.
-        drop_below: relaxed fits whose held-out answers are less probable than this share of the
-            best ones' are not followed to more steps.
+        drop_below: relaxed fits whose held-out answers have lower odds than this share of the best
+            ones' are not followed to more steps.
     """
 
     model: Any
@@ -149,8 +149,8 @@ class CrossValidation:
             self._deltas |= dict(zip(rows, own.nan_to_num(), strict=True))
             candidates[steps] = rows
             if probabilities is not None and self.drop_below:
-                least = self.drop_below * max(row.score() for row in rows)
-                kept = [i for i, row in zip(followed, rows, strict=True) if row.score() >= least]
+                least = self.drop_below * max(row.odds() for row in rows)
+                kept = [i for i, row in zip(followed, rows, strict=True) if row.odds() >= least]
                 left = len(followed) - len(kept)
                 self.work.leave_out(left * sum(parts) * (max(relax_steps, default=0) - steps))
                 followed[:] = kept

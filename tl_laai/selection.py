@@ -164,8 +164,8 @@ def fit_auto(
             layers are screened; None for 40, and for 15 where it only chooses the entries of a
             relaxed one.
         learning_rate: of the relaxed fits.
-        drop_below: of fits on labels, those whose held-out answers are less probable than this
-            share of the best ones' are not followed to more steps; 0 follows all, and takes longer.
+        drop_below: of fits on labels, those whose held-out answers have lower odds than this share
+            of the best ones' are not followed to more steps; 0 follows all, and takes longer.
         max_memory: GiB that one chunk of rows may take above the model.
         provenance: kept with the intervention.
         progress: called with `(what, work done, work in all)`; work is counted in
