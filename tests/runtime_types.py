@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from beartype import beartype
 
-_INNER: dict[Any, Callable[..., Any]] = {}
+_INNER: dict[tuple[str, str, str], Callable[..., Any]] = {}
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
 
@@ -27,7 +27,7 @@ def after_the_call(function: AnyCallable) -> AnyCallable:
     if "<locals>" not in function.__qualname__:
         return beartype(function)
     # jaxtyping asks again whenever a function inside another comes to be, for the same check.
-    key = (function.__module__, function.__qualname__, tuple(annotations.items()))
+    key = (function.__module__, function.__qualname__, repr(annotations))
     if key not in _INNER:
         _INNER[key] = beartype(function)
     return cast(AnyCallable, _INNER[key])
