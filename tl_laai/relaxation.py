@@ -26,9 +26,10 @@ class Relaxed:
     """What a relaxed fit went through.
 
     Attributes:
-        solutions: one a problem, at the last step: `Status.EARLY_STOPPED`, or `NON_FINITE` where
-            Adam diverged, at the last finite step.
-        iterates: number of steps -> deltas of all problems then, `[n_problems, n_heads, d_head]`.
+        solutions: one a problem, at the last step, or where it was not followed further:
+            `Status.EARLY_STOPPED`; or `NON_FINITE` where Adam diverged, at the last finite step.
+        iterates: number of steps -> deltas of all problems then, `[n_problems, n_heads, d_head]`;
+            NaN of one that had ended before.
     """
 
     solutions: tuple[Solution, ...]
@@ -62,14 +63,14 @@ def relax(
         steps: of Adam.
         at: numbers of steps whose deltas are wanted too, 1 to `steps`.
         learning_rate: of Adam, in units of delta.
-        follow: asked at each of `at` but the last, with that number and the deltas of all problems
+        follow: asked at each of `at` below `steps`, with that number and the deltas of all problems
             then, which of them go on, `[n_problems]`; the others end there.
         callback: as for `solvers.adam`.
     """
     out = [k for k in at if not 1 <= k <= steps]
     if out:
         raise ValueError(f"at holds {out}; give numbers of steps from 1 to steps={steps}.")
-    # What stays of a problem that has ended early, which only one without finite losses does.
+    # What stays of a problem that has ended before: without a finite loss, or not followed.
     lost = torch.full(support.shape, torch.nan, dtype=dtype, device=support.device)
     iterates = dict.fromkeys(sorted(at), lost)
     done = -1  # the start is evaluated first, after no step

@@ -58,7 +58,7 @@ class Status(enum.Enum):
     CONVERGED = "converged"
     MAX_EVALUATIONS = "max_evaluations"
     STALLED = "stalled"  # no step makes progress in floating point
-    EARLY_STOPPED = "early_stopped"  # on purpose, after as many steps as asked for
+    EARLY_STOPPED = "early_stopped"  # on purpose, after as many steps as were wanted
     NON_FINITE = "non_finite"  # NaN or infinity where there is nothing to fall back to
 
 
