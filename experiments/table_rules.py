@@ -365,11 +365,12 @@ def _taught(model: Any, data: Any, seed: int) -> Callable[[Sequence[Any]], list[
     def learn_from(labelled: tuple[Any, ...]) -> list[Any]:
         said = [example.tokens for example in teach(model, inputs, labelled, settings)]
         texts = [model.tokenizer.decode(list(tokens.answer)) for tokens in said]
-        # An answer that was cut off has no line break, and would be taught one.
+        # An answer that was cut off has no line break, and would be taught one; an empty one is
+        # no label.
         answered = [
-            Example(tokens.input, decoded_answer(text))
+            Example(tokens.input, answer)
             for tokens, text in zip(said, texts, strict=True)
-            if "\n" in text
+            if "\n" in text and (answer := decoded_answer(text))
         ]
         n_copies = round(LABEL_SHARE / (1 - LABEL_SHARE) * len(answered) / len(labelled))
         return [*answered, *labelled * max(1, n_copies)]

@@ -190,6 +190,11 @@ def test_a_projection_before_the_unembedding_is_refused() -> None:
         freeze(tiny_model("bridge", "opt-projected"), oracle.random_examples([(9, 3)]))
 
 
+def test_blocks_that_do_not_run_one_by_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"do not run one by one.*TypeError.*list"):
+        freeze(tiny_model("bridge", "openai-gpt"), oracle.random_examples([(9, 3)]))
+
+
 def test_longer_prompts_than_were_checked_are_checked(backend: str) -> None:
     """A window of 6 looks like none to prompts of 5 tokens."""
     model = tiny_model(backend, "gemma")

@@ -144,6 +144,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     | gptneo | 2 | 4 x 8 | 32 | scores not scaled, a window of 4 on layer 1 |
     | opt | 3 | 4 x 8 | 32 | tokens of all rows as one axis inside the block |
     | opt-projected | 3 | 4 x 8 | 32 | a projection before the unembedding: refused |
+    | openai-gpt | 3 | 4 x 8 | 32 | blocks that take and give lists: refused |
     | mistral | 3 | 4 (2) x 8 | 32 | windows of 4 on every layer |
     | cohere | 3 | 4 (2) x 8 | 32 | parallel blocks, scaled logits |
     | granite | 3 | 4 (2) x 8 | 32 | scaled embeddings, scores, residuals and logits |
@@ -191,6 +192,8 @@ def tiny_config(family: str) -> PreTrainedConfig:
         case "opt" | "opt-projected":
             size = 32 if family == "opt" else 16
             return OPTConfig(**usual, ffn_dim=48, word_embed_proj_dim=size)
+        case "openai-gpt":
+            return AutoConfig.for_model(family, **shared, **_GPT)
         case "mistral":
             return MistralConfig(**grouped, sliding_window=SLIDING_WINDOW)
         case "granite":

@@ -338,9 +338,8 @@ def own_modes() -> Iterator[None]:
 def _without_dropout(model: Any) -> Iterator[None]:
     """Put every module in eval mode, and each back into its own mode afterwards."""
     # A bridge does not list all modules of the model that it wraps among its own.
-    roots = (model, getattr(model, "original_model", model))
-    every = {module for root in roots for module in root.modules()}
-    training = [module for module in every if module.training]
+    modules = _modules_of(model, getattr(model, "original_model", model))
+    training = [module for module in modules if module.training]
     try:
         for module in training:
             module.training = False
@@ -348,3 +347,18 @@ def _without_dropout(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _modules_of(*roots: nn.Module) -> set[nn.Module]:
+    """All modules of models, each once.
+
+    A bridge has a thousand or two, of which `modules()` makes a list in some milliseconds: long,
+    at every step of a fit.
+    """
+    found, left = set(roots), list(roots)
+    while left:
+        for module in left.pop()._modules.values():
+            if module is not None and module not in found:
+                found.add(module)
+                left.append(module)
+    return found

@@ -207,7 +207,14 @@ def _verify(prompts: FrozenPrompts) -> None:
     packing = Packing(prompts, torch.tensor([longest]))
     with torch.no_grad():
         x = backend.embed(prompts.tokens[packing.token], packing.positions)
-        ours = backend.final_norm(last_residual(run(packing, {0: x}, lambda _, z: z)))
+        try:
+            ours = backend.final_norm(last_residual(run(packing, {0: x}, lambda _, z: z)))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"model {type(prompts.model).__name__}: its blocks do not run one by one, as the "
+                f"engine needs them to ({type(error).__name__}: {error}), so this model cannot be "
+                "fitted."
+            ) from error
         theirs = backend.capture(
             tokens, at_block=lambda _, __: None, at_attention=lambda _, __: None
         )[0, -len(ours) :]
