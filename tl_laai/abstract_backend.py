@@ -7,7 +7,7 @@ function that lets them attend. Everything else in a block acts on each token al
 is exact and no padding token is ever computed.
 
 Limits: decoder-only models whose attention is softmax over (optionally soft-capped, windowed)
-dot products, with learnt or rotary positions. ALiBi, attention sinks, gated attention outputs,
+dot products, perhaps beside sinks, with learnt or rotary positions. ALiBi, gated attention outputs,
 mixers and encoder-decoders are refused, by name or because the check against the model's own
 forward (`tl_laai.prefix`) does not hold.
 """
@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -202,35 +203,27 @@ class Backend(ABC):
         final: list[Tensor] = []
         handles = []
 
-        def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            for key in ("query_input", "hidden_states"):
-                if key in kwargs:
-                    return cast(Tensor, kwargs[key])
-            return cast(Tensor, args[0])
+        def block_hook(
+            layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            self.note_block_call(layer, args, kwargs)
+            at_block(layer, _hidden_states(args, kwargs))
 
-        def block_hook(layer: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.note_block_call(layer, args, kwargs)
-                at_block(layer, first_tensor(args, kwargs))
-
-            return hook
-
-        def attention_hook(layer: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                at_attention(layer, first_tensor(args, kwargs))
-
-            return hook
+        def attention_hook(
+            layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            at_attention(layer, _hidden_states(args, kwargs))
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            final.append(first_tensor(args, kwargs))
+            final.append(_hidden_states(args, kwargs))
             raise _StopForward
 
         with self.at_work:
             try:
                 for layer in range(self.n_layers):
                     for module, hook in (
-                        (self.block(layer), block_hook(layer)),
-                        (self.attention(layer), attention_hook(layer)),
+                        (self.block(layer), partial(block_hook, layer)),
+                        (self.attention(layer), partial(attention_hook, layer)),
                     ):
                         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 handles.append(self.model.unembed.register_forward_pre_hook(stop, with_kwargs=True))
@@ -272,16 +265,12 @@ class Backend(ABC):
             positions: one tensor `[n]` a layer: absolute positions of that layer's tokens.
         """
 
-        def forward_of(layer: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                x = kwargs.get("query_input", kwargs.get("hidden_states"))
-                x = args[0] if x is None else x
-                # A layer may stand on a device of its own; what is packed does not.
-                own = self.qkv(layer, x[0], positions[layer].to(x.device))
-                z = attend(layer, *(t.to(self.device) for t in own))
-                return self.attention_output(self.project_z(layer, z.to(x.device))[None])
-
-            return forward
+        def forward(layer: int, *args: Any, **kwargs: Any) -> Any:
+            x = _hidden_states(args, kwargs)
+            # A layer may stand on a device of its own; what is packed does not.
+            own = self.qkv(layer, x[0], positions[layer].to(x.device))
+            z = attend(layer, *(t.to(self.device) for t in own))
+            return self.attention_output(self.project_z(layer, z.to(x.device))[None])
 
         attributes = [vars(self.attention(layer)) for layer in range(self.n_layers)]
         with self.at_work:
@@ -289,14 +278,14 @@ class Backend(ABC):
             found = [own.get("forward") for own in attributes]
             try:
                 for layer, own in enumerate(attributes):
-                    own["forward"] = forward_of(layer)
+                    own["forward"] = partial(forward, layer)
                 with _without_dropout(self.model):
                     yield
             finally:
-                for own, forward in zip(attributes, found, strict=True):
+                for own, before in zip(attributes, found, strict=True):
                     own.pop("forward", None)
-                    if forward is not None:
-                        own["forward"] = forward
+                    if before is not None:
+                        own["forward"] = before
 
 
 def rank_within(groups: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -332,6 +321,14 @@ def own_modes() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a block or its attention is given, by whatever name."""
+    for key in ("query_input", "hidden_states"):
+        if key in kwargs:
+            return cast(Tensor, kwargs[key])
+    return cast(Tensor, args[0])
 
 
 @contextmanager
