@@ -44,7 +44,7 @@ def picture(rows: Sequence[Row]) -> Figure:
     for i, (method, label) in enumerate(METHODS.items()):
         own = found[method]
         cells = [interval(own[name]) for name in names]
-        cells.append(interval(of_all_tasks(own, names), over_tasks=True))
+        cells.append(interval(of_all_tasks(own, names)))
         middle, low, high = np.array(cells).T
         looks = line_looks(i) | {"linestyle": "none", "markersize": 3.4}
         ax.errorbar(

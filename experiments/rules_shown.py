@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common import FIGURES, tasks
 from tables import (
@@ -13,8 +13,8 @@ from tables import (
     average,
     by_method,
     difference,
-    difference_over_tasks,
     markdown,
+    mean_difference,
     of_all_tasks,
     percent,
 )
@@ -104,22 +104,23 @@ def show(rows: list[Row]) -> None:
         heads = [row["n_heads"] for row in whole if "n_heads" in row]
         moved = [row["kl_unrelated"] for row in whole if "kl_unrelated" in row]
         n_seeds = str(len({row["seed"] for row in whole}) or "-")
-        mean = percent(whole, over_tasks=True) if whole else "-"
+        mean = percent(whole) if whole else "-"
         lines.append([method, n_seeds, *cells, mean, average(heads), average(moved)])
     header = ["exact match, %", "seeds", *names, "mean", "heads", "KL elsewhere"]
     print(markdown(header, lines))
     print(
-        "\nIn brackets 95 % bootstrap intervals: of a task over fits, then their examples (those "
-        "that several seeds hold out count as several); of the mean, which is over the seeds that "
-        "ran for all tasks, by Student's t over tasks. 0 to 0 says that no answer was right. KL "
-        "elsewhere: nats by which the next token after unrelated text moves."
+        "\nIn brackets 95 % bootstrap intervals over fits, then their examples (those that several "
+        "seeds hold out count as several); the mean's, over the seeds that ran for all tasks, is "
+        "for these tasks. 0 to 0 says that no answer was right. KL elsewhere: nats by which the "
+        "next token after unrelated text moves."
     )
     print(MORE)
     for method, own in found.items():
         norms = [row["norm"] for these in own.values() for row in these if "norm" in row]
         if norms:
             print(f"{method}: norms {min(norms):.1f} to {max(norms):.1f}")
-    _without_made_up(found, names)
+    _left_out(found, names, "that the model made up", _made_up())
+    _left_out(found, names, f"of the split of seed {SET_ON} too", _also_set_on(rows))
     for method, column, part in (
         ("penalised", "status", 0),
         ("penalised", "setting", 2),
@@ -148,7 +149,6 @@ def show(rows: list[Row]) -> None:
         parts = [Counter(setting.split(", ")[i] for setting in settings) for i in (0, 1)]
         if settings:
             print(f"{method}: {', '.join(str(dict(part)) for part in parts)}")
-    print(f"held-out inputs that are in the split of seed {SET_ON} too: {_also_set_on(rows)}\n")
     lines = []
     compared: set[frozenset[str]] = set()
     for ours in (method for method in OURS if method in found):
@@ -160,19 +160,18 @@ def show(rows: list[Row]) -> None:
             a, b = (_by_fit(found[method]) for method in (ours, other))
             shared = {key: a[key] for key in a.keys() & b.keys()}
             cells = [difference({k: r for k, r in shared.items() if k[0] == n}, b) for n in names]
-            cells.append(difference_over_tasks(a, b, names))
+            cells.append(mean_difference(a, b, names))
             lines.append([f"{ours} - {other}", *cells])
     print(markdown(["difference in points", *names, "mean"], lines))
 
 
-def _without_made_up(found: dict[str, dict[str, list[Row]]], names: list[str]) -> None:
-    """Distilled fits on the held-out inputs that the model did not make up, and was not taught."""
-    path = FIGURES / f"{MADE_UP}.jsonl"
-    if not path.exists():
-        return
-    masks = {(row["task"], row["seed"]): row["made_up"] for row in read_rows(path)}
-    counts = {n: [sum(own) for (task, _), own in masks.items() if task == n] for n in names}
-    print(f"held-out inputs that the model made up, by seed: {counts}")
+def _left_out(
+    found: dict[str, dict[str, list[Row]]],
+    names: list[str],
+    what: str,
+    masks: Mapping[tuple[str, int], Sequence[bool]],
+) -> None:
+    """Distilled fits on the held-out inputs that are not masked."""
 
     def kept(method: str) -> dict[tuple[str, int], Row]:
         rows = {key: row for key, row in _by_fit(found.get(method, {})).items() if key in masks}
@@ -182,32 +181,39 @@ def _without_made_up(found: dict[str, dict[str, list[Row]]], names: list[str]) -
             for key, row in rows.items()
         }
 
+    counts = {n: [sum(own) for (task, _), own in masks.items() if task == n] for n in names}
+    print(f"held-out inputs {what}, by seed: {counts}")
     lines = []
     for ours in (TAUGHT, "distilled"):
         own = kept(ours)
         for other in (method for method in OTHERS if method in found and method != ours):
-            lines.append([f"{ours} - {other}", difference_over_tasks(own, kept(other), names)])
+            lines.append([f"{ours} - {other}", mean_difference(own, kept(other), names)])
         whole = of_all_tasks({n: [r for k, r in own.items() if k[0] == n] for n in names}, names)
-        lines.append([ours, percent(whole, over_tasks=True)])
+        lines.append([ours, percent(whole) if whole else "-"])
     print(markdown(["without those, mean over tasks", "%"], lines) + "\n")
 
 
-def _also_set_on(rows: list[Row]) -> dict[str, list[int]]:
-    """How many held-out inputs of each seed had a part in what the fits choose from."""
+def _made_up() -> dict[tuple[str, int], list[bool]]:
+    """Which held-out inputs the model made up itself, and was taught, by task and seed."""
+    path = FIGURES / f"{MADE_UP}.jsonl"
+    rows = read_rows(path) if path.exists() else []
+    return {(row["task"], row["seed"]): row["made_up"] for row in rows}
+
+
+def _also_set_on(rows: list[Row]) -> dict[tuple[str, int], list[bool]]:
+    """Which held-out inputs had a part in what the fits choose from, by task and seed."""
     from tl_laai.recipes import draw
     from tl_laai.tasks import same_input_key
 
     found = {}
-    for task in tasks(SET_ON_TASKS):
+    seeds = sorted({row["seed"] for row in rows})
+    for task in tasks(list(dict.fromkeys(row["task"] for row in rows))):
         split = draw(task, train=N_TRAIN, test=N_TEST, seed=SET_ON)
-        seen = {same_input_key(e.input) for e in (*split.train, *split.test)}
-        found[task.name] = [
-            sum(same_input_key(e.input) in seen for e in own.test)
-            for own in (
-                draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
-                for seed in sorted({row["seed"] for row in rows})
-            )
-        ]
+        known = (*split.train, *split.test) if task.name in SET_ON_TASKS else ()
+        seen = {same_input_key(e.input) for e in known}
+        for seed in seeds:
+            own = draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
+            found[task.name, seed] = [same_input_key(e.input) in seen for e in own.test]
     return found
 
 

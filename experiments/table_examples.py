@@ -22,12 +22,12 @@ from tables import (
     by_method,
     computed_elsewhere,
     described,
-    difference_over_tasks,
     distilled_row,
     finetuning,
     fitted_teacher,
     layers_of,
     markdown,
+    mean_difference,
     percent,
     resume,
     search,
@@ -106,8 +106,9 @@ def show(rows: list[Row]) -> None:
     print("\n\n".join(tables))
     print(
         seeds_of(rows)
-        + " *: of fewer of these seeds. Differences: Student's t over tasks, of seeds for which "
-        "both methods have them all." + computed_elsewhere(rows)
+        + " *: of fewer of these seeds. Differences: of the seeds for which both methods have all "
+        "tasks; after the semicolon the interval over tasks (Student's t)."
+        + computed_elsewhere(rows)
     )
 
 
@@ -133,7 +134,7 @@ def _differences(rows: list[Row], sizes: list[int]) -> str:
     lines = [
         [
             f"{ours} - {other}",
-            *(difference_over_tasks(own[ours, n], own[other, n], names) for n in sizes),
+            *(mean_difference(own[ours, n], own[other, n], names) for n in sizes),
         ]
         for ours in OURS
         for other in methods

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -161,39 +160,45 @@ def by_method(rows: Sequence[Row], column: str) -> dict[str, dict[str, list[Row]
     return found
 
 
-def interval(rows: Sequence[Row], *, over_tasks: bool = False) -> tuple[float, float, float]:
-    """Mean exact match and the ends of its 95 % interval, in percent.
+def interval(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """Mean exact match over tasks and the ends of its 95 % interval, in percent.
+
+    Of each task fits are drawn, then their examples (bootstrap); it is for these tasks.
 
     Args:
         rows: a fit each.
-        over_tasks: of the mean over tasks, of which these are a sample (Student's t); else fits
-            are drawn, then their examples (bootstrap).
     """
-    scores = [[float(x) for x in row["correct"]] for row in rows]
-    return _interval(scores, rows, over_tasks)
+    return _interval([[float(x) for x in row["correct"]] for row in rows], rows)
 
 
-def _interval(
-    scores: Sequence[Sequence[float]], rows: Sequence[Row], over_tasks: bool
-) -> tuple[float, float, float]:
-    if not over_tasks:
-        flat = [x for own in scores for x in own]
-        fits = [i for i, own in enumerate(scores) for _ in own]
-        it = paired_bootstrap(flat, [0.0] * len(flat), fits)
-        return 100 * it.difference, 100 * it.low, 100 * it.high
+def _interval(scores: Sequence[Sequence[float]], rows: Sequence[Row]) -> tuple[float, float, float]:
+    flat = [x for own in scores for x in own]
+    fits, of_tasks = (
+        [label for label, own in zip(labels, scores, strict=True) for _ in own]
+        for labels in (range(len(rows)), [row["task"] for row in rows])
+    )
+    it = paired_bootstrap(flat, [0.0] * len(flat), fits, strata=of_tasks)
+    return 100 * it.difference, 100 * it.low, 100 * it.high
+
+
+def _ends_over_tasks(
+    scores: Sequence[Sequence[float]], rows: Sequence[Row]
+) -> tuple[float, float] | None:
+    """The ends of the interval of a mean over tasks of which these are a sample: Student's t."""
     of_tasks: dict[str, list[float]] = {}
     for row, own in zip(rows, scores, strict=True):
         of_tasks.setdefault(row["task"], []).append(100 * float(np.mean(own)))
     means = np.array([np.mean(own) for own in of_tasks.values()])
-    middle = float(means.mean())
     n = len(means)
-    half = _T[n - 2] * float(means.std(ddof=1)) / n**0.5 if n > 1 else math.nan
-    return middle, middle - half, middle + half
+    if n < 2:
+        return None
+    half = _T[n - 2] * float(means.std(ddof=1)) / n**0.5
+    return float(means.mean()) - half, float(means.mean()) + half
 
 
-def percent(rows: Sequence[Row], *, over_tasks: bool = False) -> str:
-    """The same as text."""
-    return "{:.0f} ({:.0f} to {:.0f})".format(*interval(rows, over_tasks=over_tasks))
+def percent(rows: Sequence[Row]) -> str:
+    """The interval as text."""
+    return "{:.0f} ({:.0f} to {:.0f})".format(*interval(rows))
 
 
 def average(numbers: Sequence[float]) -> str:
@@ -209,22 +214,25 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def difference(
-    ours: Mapping[Any, Row], theirs: Mapping[Any, Row], *, over_tasks: bool = False
-) -> str:
-    """Mean difference of exact match in points over the fits that both have, as `percent`."""
+def difference(ours: Mapping[Any, Row], theirs: Mapping[Any, Row]) -> str:
+    """Mean difference of exact match in points over the fits that both have, as `percent`.
+
+    Over several tasks the ends of the interval over tasks stand behind those for these tasks.
+    """
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         return "-"
+    rows = [ours[key] for key in shared]
     pairs = [
         [float(a - b) for a, b in zip(ours[k]["correct"], theirs[k]["correct"], strict=True)]
         for k in shared
     ]
-    it = _interval(pairs, [ours[key] for key in shared], over_tasks)
-    return "{:+.0f} ({:+.0f} to {:+.0f})".format(*it)
+    ends = _ends_over_tasks(pairs, rows)
+    more = "" if ends is None else "; {:+.0f} to {:+.0f}".format(*ends)
+    return "{:+.0f} ({:+.0f} to {:+.0f}{})".format(*_interval(pairs, rows), more)
 
 
-def difference_over_tasks(
+def mean_difference(
     ours: Mapping[tuple[str, int], Row],
     theirs: Mapping[tuple[str, int], Row],
     names: Sequence[str],
@@ -234,7 +242,7 @@ def difference_over_tasks(
     for key in sorted(ours.keys() & theirs.keys()):
         shared.setdefault(key[0], []).append(ours[key])
     whole = {(row["task"], row["seed"]): row for row in of_all_tasks(shared, names)}
-    return difference(whole, theirs, over_tasks=True)
+    return difference(whole, theirs)
 
 
 def of_all_tasks(own: Mapping[str, Sequence[Row]], names: Sequence[str]) -> list[Row]:

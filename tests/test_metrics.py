@@ -305,6 +305,42 @@ def test_groups_are_resampled_before_their_examples() -> None:
     assert result.high - result.low > 2 * (flat_result.high - flat_result.low)
 
 
+def slow_stratified(strata: list[list[list[float]]], n_resamples: int) -> tuple[float, float]:
+    """The same for each stratum, and the mean of their means."""
+    draw = random.Random(2)
+    means = []
+    for _ in range(n_resamples):
+        of_strata = []
+        for groups in strata:
+            drawn = draw.choices(groups, k=len(groups))
+            pooled = [x for group in drawn for x in draw.choices(group, k=len(group))]
+            of_strata.append(statistics.fmean(pooled))
+        means.append(statistics.fmean(of_strata))
+    means.sort()
+    return means[n_resamples // 40], means[-n_resamples // 40]
+
+
+def test_strata_are_resampled_each_by_itself_and_weigh_alike() -> None:
+    generator = np.random.default_rng(0)
+    centres = [[-3.0, -2.0], [0.0, 1.0, 2.0], [9.0]]
+    strata = [[list(generator.normal(c, 0.5, size=20)) for c in own] for own in centres]
+    rows = [
+        (value, f"seed {g}", f"task {s}")
+        for s, own in enumerate(strata)
+        for g, group in enumerate(own)
+        for value in group
+    ]
+    rows = [rows[i] for i in generator.permutation(len(rows))]
+    values, groups, tasks = zip(*rows, strict=True)
+    result = paired_bootstrap(values, [0.0] * len(rows), groups, strata=tasks, n_resamples=4000)
+    of_strata = [statistics.fmean(x for group in own for x in group) for own in strata]
+    assert result.difference == pytest.approx(statistics.fmean(of_strata))
+    assert (result.low, result.high) == pytest.approx(slow_stratified(strata, 4000), abs=0.04)
+    assert result.n_groups == 6
+    pooled = paired_bootstrap(values, [0.0] * len(rows), groups)
+    assert pooled.high - pooled.low > 2 * (result.high - result.low)
+
+
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
@@ -325,6 +361,8 @@ def test_pairs_and_groups_must_match_in_length() -> None:
         paired_bootstrap([1, 0], [1, 0, 1])
     with pytest.raises(ValueError, match=r"groups has shape \[1\], but a has 2 scores"):
         paired_bootstrap([1, 0], [1, 0], [0])
+    with pytest.raises(ValueError, match=r"strata has shape \[3\], but a has 2 scores"):
+        paired_bootstrap([1, 0], [1, 0], strata=["a", "a", "b"])
 
 
 # --- rank correlation ----------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class PairedDifference:
         n_resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
         n_examples: Number of pairs.
-        n_groups: Number of groups resampled first; 1 when no groups were given.
+        n_groups: Number of groups resampled first, in all strata; 1 a stratum when none were given.
     """
 
     difference: float
@@ -262,6 +262,7 @@ def paired_bootstrap(
     b: Values,
     groups: Labels | None = None,
     *,
+    strata: Labels | None = None,
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
@@ -270,7 +271,9 @@ def paired_bootstrap(
 
     With `groups` (such as the seeds of fits) whole groups are resampled first and examples inside
     each drawn group second, so that the interval also covers the choice of the group. An example
-    that returns in several groups counts as a new one in each.
+    that returns in several groups counts as a new one in each. With `strata` (such as tasks) each
+    is resampled by itself, and all weigh alike: the interval is for these, not for others like
+    them.
 
     Example:
         >>> paired_bootstrap([1, 1, 1], [0, 0, 0]).low
@@ -280,26 +283,52 @@ def paired_bootstrap(
         a: Scores of one method, one an example, at least two.
         b: Scores of the other on the same examples in the same order.
         groups: The group of each pair, or None when there are none.
+        strata: The stratum of each pair, or None when there are none.
         level: Nominal coverage, between 0 and 1.
         n_resamples: Number of resamples.
         seed: Seed of the resampling: the same seed, the same interval.
 
     Returns:
-        Mean of `a` minus mean of `b`, and the interval.
+        Mean of `a` minus mean of `b` (in the mean over strata), and the interval.
 
     Raises:
         ValueError: Lengths differ, fewer than two pairs, one not finite, or an option out of range.
     """
     first, second = _numbers("a", a), _numbers("b", b)
-    labels = np.zeros(first.size) if groups is None else np.asarray(groups)
-    for name, other in (("b", second), ("groups", labels)):
+    labels, parts = (
+        np.zeros(first.size) if given is None else np.asarray(given) for given in (groups, strata)
+    )
+    for name, other in (("b", second), ("groups", labels), ("strata", parts)):
         if other.shape != first.shape:
             raise ValueError(
                 f"{name} has shape {list(other.shape)}, but a has {first.size} scores; "
                 "give one entry a pair, in the same order."
             )
+    _, part_of = np.unique(parts, return_inverse=True)
+    own = [part_of == part for part in range(part_of.max() + 1)]
+    differences = first - second
+    draws = [_groups_first(differences[these], labels[these]) for these in own]
+
+    def resample(generator: np.random.Generator, n: int) -> np.ndarray:
+        means: np.ndarray = np.mean([draw(generator, n) for draw in draws], axis=0)
+        return means
+
+    options = {"n_resamples": n_resamples, "seed": seed}
+    low, high = _interval(resample, differences.size, level=level, **options)
+    counts = {
+        "n_examples": differences.size,
+        "n_groups": sum(np.unique(labels[these]).size for these in own),
+    }
+    middle = float(np.mean([differences[these].mean() for these in own]))
+    return PairedDifference(middle, low, high, level, **options, **counts)
+
+
+def _groups_first(
+    values: np.ndarray, labels: np.ndarray
+) -> Callable[[np.random.Generator, int], np.ndarray]:
+    """Draws means of so many resamples: groups first, then values in each."""
     _, member_of, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    differences = (first - second)[np.argsort(member_of, kind="stable")]
+    ordered = values[np.argsort(member_of, kind="stable")]
     starts = np.cumsum(sizes) - sizes
 
     def resample(generator: np.random.Generator, n: int) -> np.ndarray:
@@ -309,13 +338,10 @@ def paired_bootstrap(
         # Quicker than integers below each size, and never rounded up to it.
         member = (generator.random(of.size) * sizes[of]).astype(np.intp)
         first = np.cumsum(totals) - totals
-        means: np.ndarray = np.add.reduceat(differences[starts[of] + member], first) / totals
+        means: np.ndarray = np.add.reduceat(ordered[starts[of] + member], first) / totals
         return means
 
-    options = {"n_resamples": n_resamples, "seed": seed}
-    low, high = _interval(resample, differences.size, level=level, **options)
-    counts = {"n_examples": differences.size, "n_groups": len(sizes)}
-    return PairedDifference(float(differences.mean()), low, high, level, **options, **counts)
+    return resample
 
 
 def spearman(x: Values, y: Values) -> float:
