@@ -186,6 +186,9 @@ def test_fit_says_loudly_that_every_head_is_zero(inside: Path, tmp_path: Path) -
     assert "Every head is zero" in result.stderr
     assert "0 of 4 heads, 0 of 32 entries" in result.stdout
     assert "█" not in result.stdout
+    arguments = fit_arguments(inside, alpha=0.9, out=tmp_path / "new")
+    arguments[arguments.index("--max-evaluations") + 1] = 1
+    assert "Every head is still zero: give more --max-evaluations" in done(*arguments).stderr
 
 
 def test_fit_passes_every_option_on(
@@ -221,14 +224,20 @@ def test_fit_passes_every_option_on(
 def test_fit_distils_on_inputs_from_a_file(inside: Path, tmp_path: Path) -> None:
     (tmp_path / "inputs.txt").write_text("q\r\n\n r \n", encoding="utf-8-sig")
     options = {"objective": "distill", "inputs": tmp_path / "inputs.txt", "label-share": 0.25}
-    options["teacher-steps"] = 2
+    options |= {"teacher-steps": 2, "teachers": 3, "shown": 1}
     out = tmp_path / "distilled"
     changes = {"alpha": 0.5, "max-evaluations": 3, "out": out}
     done(*fit_arguments(inside, **(options | changes)))
     origin = Intervention.from_pretrained(out).provenance["objective"]
     assert origin["objective"] == "distill"
     assert (origin["inputs"], origin["label_share"]) == (["q", "r"], 0.25)
-    assert origin["teacher_steps"] == 2
+    assert (origin["teacher_steps"], origin["n_teachers"], origin["n_shown"]) == (2, 3, 1)
+    arguments = fit_arguments(inside, **(options | changes))
+    message = refused(laai(*arguments, "--made-up", 3), 2)
+    assert "inputs.txt are given, so that --made-up has none" in message
+    fewer = {key: options[key] for key in ("objective", "shown")}
+    message = refused(laai(*fit_arguments(inside, **(fewer | changes))), 2)
+    assert "--shown is for --teachers 2 or more" in message
 
 
 def test_evaluate_counts_the_held_out_inputs_that_were_distilled_on(
@@ -247,7 +256,10 @@ def test_evaluate_counts_the_held_out_inputs_that_were_distilled_on(
     assert "distilled on" not in done("evaluate", "upper", "--no-few-shot").stderr
 
 
-@pytest.mark.parametrize(("option", "value"), [("label-share", 0.5), ("teacher-steps", 0)])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("label-share", 0.5), ("teacher-steps", 0), ("made-up", 5), ("teachers", 2), ("shown", 3)],
+)
 def test_settings_of_distillation_without_it_are_refused(
     inside: Path, tmp_path: Path, option: str, value: float
 ) -> None:

@@ -54,11 +54,33 @@ def test_methods_are_shown_beside_prompting_and_kept_as_rows(room: Path, tmp_pat
 
 def test_a_file_keeps_its_rows_of_other_seeds_and_methods(room: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    for more in ((), ("--seed", 2), ("--seed", 2, "--folds", 3)):
+    for more in ((), ("--seed", 2), ("--seed", 2, "--method", "mean-difference")):
         result = laai(room, "--method", "task-vector", "--out", out, *more)
         assert result.exit_code == 0, result.output
     rows = checked(read_rows(out), "baseline")
-    assert [(row["seed"], row["folds"]) for row in rows] == [(1, 2)] * 3 + [(2, 3)] * 3
+    assert [(row["seed"], row["method"]) for row in rows] == [
+        (seed, method)
+        for seed, own in ((1, ("task-vector",)), (2, ("task-vector", "mean-difference")))
+        for method in ("zero-shot", "few-shot", *own)
+    ]
+
+
+def test_rows_that_could_not_be_compared_do_not_share_a_file(room: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert laai(room, "--method", "task-vector", "--out", out).exit_code == 0
+    kept = out.read_bytes()
+    other = tmp_path / "upper.json"  # of the same name
+    other.write_text(json.dumps([*PAIRS[1:], PAIRS[0] | {"output": "x"}]))
+    for more, told in (
+        (("--folds", 3), "rows of upper with folds 2, and these have 3"),
+        (("--train", 6), "rows of upper with train 5, and these have 6"),
+        (("--test", 2), "rows of upper with n 3, and these have 2"),
+        (("--task", other), "rows of upper with digest "),
+    ):
+        result = laai(room, "--method", "mean-difference", "--out", out, *more)
+        assert result.exit_code == 2
+        assert told in " ".join(result.stderr.split())
+        assert out.read_bytes() == kept
 
 
 def test_the_table_names_the_chosen_setting(room: Path) -> None:

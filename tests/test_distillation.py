@@ -63,17 +63,17 @@ def edit_after(model: Any, steps: int) -> Edit:
 
 
 @pytest.mark.parametrize("steps", [0, 9])
-@pytest.mark.parametrize("n_teachers", [1, 3])
+@pytest.mark.parametrize(("n_teachers", "n_shown"), [(1, None), (3, None), (3, 2)])
 def test_a_taught_loss_is_the_kl_to_the_plain_few_shot_forwards(
-    model: Any, n_teachers: int, steps: int, monkeypatch: pytest.MonkeyPatch
+    model: Any, n_teachers: int, n_shown: int | None, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "_ASKED_AT_ONCE", 2)
-    settings = taught_after(steps, n_teachers=n_teachers)
+    settings = taught_after(steps, n_teachers=n_teachers, n_shown=n_shown)
     taught, edit = (
         teach(model, INPUTS, SHOWN, settings, template=TEMPLATE),
         edit_after(model, steps),
     )
-    orders = [SHOWN, *(seeded_order(SHOWN, 5 + i) for i in range(n_teachers - 1))]
+    orders = [SHOWN, *(seeded_order(SHOWN, 5 + i)[:n_shown] for i in range(n_teachers - 1))]
     assert [e.tokens.input for e in taught] == list(INPUTS)
     delta = oracle.random_delta(model)
     terms = []
@@ -190,6 +190,8 @@ def test_settings_out_of_range_are_refused(model: Any) -> None:
     for wrong in (
         {"label_share": 1.0},
         {"n_teachers": 0},
+        {"n_shown": 2},
+        {"n_shown": 0, "n_teachers": 2},
         {"inputs": ()},
         {"n_inputs": -1},
         {"teacher_steps": -1},

@@ -46,6 +46,16 @@ def test_the_sample_is_of_the_centred_output_weights(any_tiny_model: Any) -> Non
     assert len(set(sample.tolist())) > 40
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(any_tiny_model: Any, dtype: torch.dtype) -> None:
+    before, usual = fingerprint(any_tiny_model), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert fingerprint(any_tiny_model) == before
+    finally:
+        torch.set_default_dtype(usual)
+
+
 def test_the_same_seed_gives_the_same_fingerprint_and_another_seed_another(
     backend: str, family: str
 ) -> None:

@@ -438,6 +438,11 @@ def test_numbers_of_numpy_are_taken_and_kept_as_json(any_model: Any) -> None:
         ({"max_evaluations": 2.0}, "max_evaluations is 2.0; give an integer"),
         ({"relax_steps": "2"}, "relax_steps is '2'; give an integer"),
         ({"provenance": {"path": Path()}}, "provenance=.* is not JSON"),
+        ({"penalty": 0.5}, r"penalty is 0.5; give SparseGroupLasso\(l1=..., group=...\)"),
+        ({"alpha": "0.5"}, "alpha is '0.5'; give a number"),
+        ({"alpha": True}, "alpha is True; give a number"),
+        ({"template": "Q: {input}"}, "template is 'Q: {input}'; give a PromptTemplate"),
+        ({"examples": iter(EXAMPLES)}, "examples is a tuple_iterator; give a list or tuple"),
     ],
 )
 def test_what_an_intervention_cannot_hold_is_refused_before_the_fit(
@@ -447,7 +452,14 @@ def test_what_an_intervention_cannot_hold_is_refused_before_the_fit(
         raise AssertionError("the fit has started")
 
     with pytest.raises(TypeError, match=message):
-        fit(any_model, EXAMPLES, **({"layer": 1, "callback": callback} | options))
+        fit(any_model, **({"examples": EXAMPLES, "layer": 1, "callback": callback} | options))
+
+
+def test_problems_may_come_one_by_one(any_model: Any) -> None:
+    problems = [FitProblem(EXAMPLES, layer, alpha=0.5) for layer in (0, 1)]
+    listed = fit_many(any_model, problems, max_evaluations=2)
+    found = fit_many(any_model, iter(problems), max_evaluations=2)
+    assert [one.intervention for one in found] == [one.intervention for one in listed]
 
 
 @pytest.mark.parametrize(

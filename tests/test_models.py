@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny import (
     HAS_HOOKED,
     SLIDING_WINDOW,
     tiny_bridge,
+    tiny_config,
     tiny_hf,
     tiny_hooked,
     tiny_model,
@@ -135,6 +137,29 @@ def test_loading_is_silent_and_leaves_logging_and_warnings_as_they_were(
     load_model(place, device="cpu")
     assert (logging.root.manager.disable, list(warnings.filters), sys.stdout) == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_installed_for_a_model_that_sees_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TransformerLens has pip install torchvision where its processor does not load."""
+    from transformers import AutoProcessor, Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = tiny_config("gemma").to_dict() | {"vocab_size": 270}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 16, "image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 262, "boi_token_index": 260, "eoi_token_index": 261}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    ran: list[Any] = []
+    monkeypatch.setattr(subprocess, "check_call", lambda command, *_, **__: ran.append(command))
+    own = vars(AutoProcessor)["from_pretrained"]
+    model = load_model(tmp_path, device="cpu")
+    assert ran == []
+    assert vars(AutoProcessor)["from_pretrained"] is own
+    examples = [Example("a", "b"), Example("c", "d")]
+    assert fit(model, examples, layer=1, max_evaluations=2).solution.n_evaluations == 2
 
 
 def test_a_folder_is_refused_as_a_hooked_transformer_with_the_reason(tmp_path: Path) -> None:

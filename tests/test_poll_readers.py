@@ -180,6 +180,21 @@ def test_a_wave_that_is_no_utf_8_is_blamed(tmp_path: Path) -> None:
         OpinionTask.from_opinionqa(folder, attribute="POLPARTY", group="Democrat")
 
 
+def test_a_quote_that_is_not_closed_is_blamed(tmp_path: Path) -> None:
+    """Read loosely, it would swallow the answers behind it."""
+    folder = write_wave(tmp_path)
+    text = (folder / "responses.csv").read_text(encoding="utf-8")
+    (folder / "responses.csv").write_text(text.replace("2,No,", '2,"No,'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"responses\.csv: not CSV behind line \d.*not closed"):
+        OpinionTask.from_opinionqa(folder, attribute="POLPARTY", group="Democrat")
+
+
+def test_two_questions_of_one_key_are_blamed(tmp_path: Path) -> None:
+    folder = write_wave(tmp_path, info=(*INFO, INFO[1]))
+    with pytest.raises(ValueError, match=r"info\.csv, line \d: key 'SAFE_W9' is that of another"):
+        OpinionTask.from_opinionqa(folder, attribute="POLPARTY", group="Democrat")
+
+
 def test_a_bad_weight_is_blamed(tmp_path: Path) -> None:
     folder = write_wave(tmp_path, answers=(*ANSWERS, ("6", "No", "", "Democrat", "", "9")))
     with pytest.raises(ValueError, match=r"responses\.csv, line 7: WEIGHT_W9 must hold numbers"):

@@ -23,7 +23,7 @@ from tl_laai.interventions import Intervention
 from tl_laai.penalties import SparseGroupLasso
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, tokenise
-from tl_laai.tasks import Example
+from tl_laai.tasks import Example, check_examples
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def attribute(
         l1_ratio: the l1 weight as a multiple of the group weight.
         template: how inputs become prompts.
     """
+    check_examples("examples", examples)
     prompts = freeze(model, tokenise(model, examples, template=template))
     loss, gradient = gradient_at_zero(prompts)
     penalty = SparseGroupLasso.from_ratio(1.0, l1_ratio)

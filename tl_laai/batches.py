@@ -9,7 +9,7 @@ from Delta = 0 (task-driven layerwise additive activation intervention, NAACL 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
@@ -28,7 +28,7 @@ from tl_laai.problems import FitExample, engine_for
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tl_laai.relaxation import LEARNING_RATE, Relaxed, relax
 from tl_laai.solvers import Progress, Solution, Status, adam, proximal_gradient
-from tl_laai.splits import integer
+from tl_laai.splits import integer, number
 from tl_laai.tasks import check_examples
 
 Solver = Literal["proximal", "adam"]
@@ -60,8 +60,8 @@ class FitProblem:
         weights: of the examples in the loss, divided by their sum; None for all alike.
 
     Raises:
-        TypeError: a layer that is no integer (NumPy's will do), provenance that is no JSON, or a
-            whole task.
+        TypeError: a layer that is no integer (NumPy's will do), provenance that is no JSON, a
+            whole task, or what else is not of its type.
     """
 
     examples: Sequence[FitExample]
@@ -78,6 +78,15 @@ class FitProblem:
         check_examples("examples", self.examples)
         object.__setattr__(self, "layer", integer("layer", self.layer))
         json_provenance(self.provenance)
+        if self.penalty is not None and not isinstance(self.penalty, SparseGroupLasso):
+            raise TypeError(
+                f"penalty is {self.penalty!r}; give SparseGroupLasso(l1=..., group=...), or a "
+                "share of lambda_max as alpha"
+            )
+        for name in ("alpha", "l1_ratio"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, number(name, value))
 
 
 @dataclass(frozen=True)
@@ -115,17 +124,18 @@ class FitBatch:
     def __init__(
         self,
         model: Any,
-        problems: Sequence[FitProblem],
+        problems: Iterable[FitProblem],
         *,
         position: Position = "prompt_end",
         template: PromptTemplate = DEFAULT_TEMPLATE,
         max_memory: float = 1.0,
     ) -> None:
+        problems = tuple(problems)
         if not problems:
             raise ValueError("problems is empty: give at least one FitProblem.")
         for problem in problems:
             _check_problem(problem)
-        self.model, self.problems = model, tuple(problems)
+        self.model, self.problems = model, problems
         self.position, self.template = position, template
         self.engine = engine_for(
             model,

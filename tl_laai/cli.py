@@ -35,7 +35,7 @@ from tl_laai.options import (
 from tl_laai.recipes import compare, on_opinions
 from tl_laai.tasks import Task, available_tasks
 
-_USAGE = (ValueError, TypeError, FileNotFoundError)
+_USAGE = (ValueError, TypeError, FileNotFoundError, IsADirectoryError)
 _FAILED = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -9,7 +11,7 @@ import typer
 from tl_laai import display
 from tl_laai.options import AnyBackend, AnyModel, Json, OneTask, Out, Seed, Test, load
 from tl_laai.recipes import DEFAULT_TEST, DEFAULT_TRAIN, draw
-from tl_laai.rows import check_rows_file, replace_rows
+from tl_laai.rows import check_rows_file, read_rows, replace_rows
 from tl_laai.tasks import load_task
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def baselines(
         raise ValueError(f"--train {train} leaves no example of {data.task.name} to hold out")
     with display.step("Importing TransformerLens"):
         from tl_laai.baselines import METHODS, compare_methods
+        from tl_laai.fingerprints import fingerprint
     wanted = list(METHODS) if method is None else list(dict.fromkeys(method))
     unknown = [name for name in wanted if name not in (*METHODS, *FINE_TUNING)]
     if unknown:
@@ -60,6 +63,15 @@ def baselines(
 
         import_peft()  # its absence is told before the work
     loaded = load(model, backend)
+    which = {
+        "model": fingerprint(loaded).name,
+        "task": data.task.name,
+        "digest": data.task.digest,
+        "train": train,
+        "folds": folds,
+    }
+    if out is not None:
+        _check_compared(out, which, n=len(data.test))
 
     with display.row_bar("Tuning") as progress:
         compared = compare_methods(
@@ -79,12 +91,9 @@ def baselines(
     rows = [
         {
             "kind": "baseline",
-            "model": model,
-            "task": data.task.name,
+            **which,
             "method": name,
             "setting": setting,
-            "train": train,
-            "folds": folds,
             "seed": seed,
             **evaluation.to_dict(),
         }
@@ -108,6 +117,18 @@ def baselines(
     columns = ("method", "setting", "exact match", "begins right", "log-probability")
     display.show(display.text_table(columns, cells))
     display.say(f"{data.task.name}: tuned on {train} examples, {len(data.test)} held out.")
+
+
+def _check_compared(out: Path, which: Mapping[str, Any], n: int) -> None:
+    """Refuse a file whose rows of this model and task could not be compared with new ones."""
+    for row in read_rows(out) if out.exists() and out.stat().st_size else []:
+        if all(row.get(name) == which[name] for name in ("model", "task")):
+            for name, value in {**which, "n": n}.items():
+                if row.get(name) != value:
+                    raise ValueError(
+                        f"--out {out} holds rows of {which['task']} with {name} {row.get(name)}, "
+                        f"and these have {value}: they cannot be compared. Give another file."
+                    )
 
 
 def _fine_tuned(

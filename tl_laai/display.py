@@ -282,6 +282,9 @@ def show_fit(fitted: Fit) -> None:
     show(table)
     show_heads(fitted.intervention)
     if not fitted.intervention.heads():
+        if status == "max_evaluations":
+            message("Every head is still zero: give more --max-evaluations.", style="bold yellow")
+            return
         message(
             f"Every head is zero: the penalty is too close to lambda_max = {fitted.lambda_max:.4g} "
             "or above it. Give a smaller --alpha, --group or --l1.",

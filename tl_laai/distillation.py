@@ -63,6 +63,7 @@ class Distillation:
         n_inputs: how many it should make up.
         label_share: weight of the labelled answers in the loss, 0 to 1; 0 leaves them out.
         n_teachers: orders of the examples over which the teacher is averaged.
+        n_shown: how many of the examples each of these but the first shows; None for all.
         seed: of the orders and of what is made up.
         teacher_steps: steps of the teacher's own fit on the labels, behind its demonstrations
             (`teachers.fit_teacher`); 0 leaves the few-shot prompt as it is.
@@ -73,6 +74,7 @@ class Distillation:
     n_inputs: int = 64
     label_share: float = 0.0
     n_teachers: int = 1
+    n_shown: int | None = None
     seed: int = 0
     teacher_steps: int = 5
     teacher_layer: int | None = None
@@ -85,8 +87,9 @@ class Distillation:
                 raise TypeError(f"inputs holds {text!r:.80}; give texts, without labels")
         for name in ("n_inputs", "n_teachers", "seed", "teacher_steps"):
             check_count(name, getattr(self, name))
-        if self.teacher_layer is not None:
-            check_count("teacher_layer", self.teacher_layer)
+        for name in ("teacher_layer", "n_shown"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if not 0 <= self.label_share < 1:
             raise ValueError(
                 f"label_share is {self.label_share}; give 0 or more and less than 1: with labels "
@@ -96,6 +99,11 @@ class Distillation:
             raise ValueError(f"n_inputs is {self.n_inputs}; at least one must be made up")
         if self.n_teachers < 1:
             raise ValueError(f"n_teachers is {self.n_teachers}; at least one is needed")
+        if self.n_shown is not None and (self.n_shown < 1 or self.n_teachers < 2):
+            raise ValueError(
+                f"n_shown is {self.n_shown} and n_teachers {self.n_teachers}: give 1 or more "
+                "examples to show, and at least 2 teachers, for the first shows them all"
+            )
         if self.inputs is not None and not self.inputs:
             raise ValueError("inputs is empty; give some, or None to let the model make them up")
 
@@ -200,6 +208,7 @@ def weighed(
             "objective": "distill",
             "label_share": share,
             "n_teachers": settings.n_teachers,
+            "n_shown": settings.n_shown,
             "teacher_steps": settings.teacher_steps,
             "teacher_layer": settings.teacher_layer if settings.teacher_steps else None,
             "seed": settings.seed,
@@ -230,7 +239,7 @@ def teach(
         demonstrations: what the teacher reads first, and is fitted on if `teacher_steps` says so.
         settings: of the teacher; None for the defaults. Of `n_teachers` orders of the
             demonstrations the first is the given one, whose greedy answer is followed; the others
-            are drawn. Their distributions are averaged.
+            are drawn, and may show `n_shown` alone. Their distributions are averaged.
         template: how inputs become prompts.
 
     Returns:
@@ -244,7 +253,7 @@ def teach(
     settings = settings or Distillation()
     orders = [tuple(demonstrations)]
     more = range(settings.n_teachers - 1)
-    orders += [seeded_order(demonstrations, settings.seed + i) for i in more]
+    orders += [seeded_order(demonstrations, settings.seed + i)[: settings.n_shown] for i in more]
     edit = _teacher(model, demonstrations, settings, template)
     shown = tokenise(model, demonstrations, template=template)
     inputs = _with_room(model, inputs, orders, template, longest_answer(shown, margin=0))

@@ -23,6 +23,7 @@ from tl_laai.prompts import (
     decoded_answer,
     tokenise,
 )
+from tl_laai.splits import integer
 from tl_laai.tasks import Example, check_disjoint, check_examples
 
 # Prompts of unlike lengths are answered apart where together they would be padded to more.
@@ -159,6 +160,7 @@ def evaluate_edits(
     check_examples("demonstrations", demonstrations)
     if not examples:
         raise ValueError("examples is empty: give at least one example to evaluate on.")
+    max_new_tokens = None if max_new_tokens is None else integer("max_new_tokens", max_new_tokens)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more, or None.")
     demonstrations = tuple(demonstrations)

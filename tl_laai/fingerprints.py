@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 SIZES = ("n_layers", "n_heads", "d_head", "d_model")
@@ -106,7 +106,7 @@ def fingerprint(model: Any) -> Fingerprint:
     """
     cfg = model.cfg
     name, revision = _ORIGINS.get(model, (str(getattr(cfg, "model_name", "unknown")), None))
-    picked = torch.linspace(0, cfg.n_layers - 1, min(SAMPLED_LAYERS, cfg.n_layers)).round()
+    picked = _spread(cfg.n_layers, min(SAMPLED_LAYERS, cfg.n_layers))
     rows = torch.cat([_sampled_rows(output_weights(model, int(layer))) for layer in picked])
     columns = torch.arange(len(rows)) * 7919 % rows.shape[1]  # a prime stride: all over the width
     plain = rows[torch.arange(len(rows)), columns]
@@ -157,9 +157,15 @@ def output_weights(model: Any, layer: int) -> Float[Tensor, "n_heads d_head d_mo
     return weights.detach()
 
 
+def _spread(n: int, size: int) -> Int[Tensor, " n_picked"]:
+    """So many indices below `n`, from the first to the last."""
+    # In bfloat16, which may be the default dtype, they would be others.
+    return torch.linspace(0, n - 1, size, dtype=torch.float32).round().long()
+
+
 def _sampled_rows(weights: Tensor) -> Float[Tensor, "rows d_model"]:
     n_heads, d_head, _ = weights.shape
-    picked = torch.linspace(0, n_heads * d_head - 1, SAMPLED_ROWS).round().long()
+    picked = _spread(n_heads * d_head, SAMPLED_ROWS)
     chosen = weights[(picked // d_head).to(weights.device), (picked % d_head).to(weights.device)]
     return chosen.float().cpu()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -86,9 +85,22 @@ def fit(
         Path | None,
         typer.Option(help="To distill on, one a line; else the model makes them up."),
     ] = None,
+    made_up: Annotated[
+        int | None, typer.Option(min=1, help="How many inputs it makes up; 64 unless given.")
+    ] = None,
     label_share: Annotated[
         float, typer.Option(min=0, help="Weight of the labels when distilling; auto: validated.")
     ] = 0.0,
+    teachers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="When distilling: orders of the examples to average over; 1 unless given."
+        ),
+    ] = None,
+    shown: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many examples each but the first of these shows, or all."),
+    ] = None,
     teacher_steps: Annotated[
         int | None,
         typer.Option(
@@ -152,7 +164,10 @@ def fit(
     # Of a relaxed fit at a given layer and penalty, the steps are still to be chosen.
     by_validation = fixed is None or alphas is None or objective == "auto" or preset == "relaxed"
     by_validation = by_validation or max_heads is not None
-    distillation = _distillation(objective, inputs, label_share, teacher_steps, seed)
+    counts = {"made_up": made_up, "teachers": teachers, "shown": shown}
+    distillation = _distillation(
+        objective, inputs, label_share, seed, teacher_steps=teacher_steps, **counts
+    )
     if max_heads is not None and (weights or solver == "adam" or penalty == "none"):
         raise ValueError(
             f"--max-heads {max_heads} chooses among --alpha penalties, with the proximal solver: "
@@ -228,10 +243,10 @@ def fit(
     fitted.intervention.save_pretrained(out)
     if json:
         kept = fitted.intervention.provenance
-        shown = {name: kept[name] for name in ("layer", "solution", "penalty", "task", "split")}
+        more = {name: kept[name] for name in ("layer", "solution", "penalty", "task", "split")}
         heads = display.head_norms(fitted.intervention)
         status = fitted.solution.status.name.lower()
-        display.show_json({"status": status, "out": str(out), "heads": heads, **shown})
+        display.show_json({"status": status, "out": str(out), "heads": heads, **more})
     else:
         display.show_fit(fitted)
         display.say(f"Saved to {out}. Next: laai {'evaluate' if data.test else 'show'} {out}")
@@ -276,29 +291,32 @@ def _distillation(
     objective: Objective,
     inputs: Path | None,
     label_share: float,
-    teacher_steps: int | None,
     seed: int,
+    **counts: int | None,
 ) -> Distillation | None:
     """The settings of a distilled fit, or None where nothing is distilled."""
     if objective == "answers":
-        for name, value in (
-            ("--inputs", inputs),
-            ("--label-share", label_share or None),
-            ("--teacher-steps", teacher_steps),
-        ):
+        given = {"inputs": inputs, "label_share": label_share or None, **counts}
+        for name, value in given.items():
             if value is not None:
-                raise ValueError(f"{name} is for distilling: give --objective distill or auto too")
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} is for distilling: give --objective distill or auto")
         return None
     from tl_laai.distillation import Distillation
 
+    if inputs is not None and counts["made_up"] is not None:
+        raise ValueError(f"--inputs {inputs} are given, so that --made-up has none to make up")
+    if counts["shown"] is not None and (counts["teachers"] or 1) < 2:
+        raise ValueError("--shown is for --teachers 2 or more: the first shows all examples")
     try:
         # Not splitlines: an input may hold other separators than newlines.
         lines = None if inputs is None else inputs.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"--inputs {inputs} is not in UTF-8: {error}") from error
-    given = None if lines is None else tuple(line.strip() for line in lines if line.strip())
-    settings = Distillation(inputs=given, label_share=label_share, seed=seed)
-    return settings if teacher_steps is None else replace(settings, teacher_steps=teacher_steps)
+    texts = None if lines is None else tuple(line.strip() for line in lines if line.strip())
+    names = {"made_up": "n_inputs", "teachers": "n_teachers", "shown": "n_shown"}
+    chosen: dict[str, Any] = {names.get(k, k): n for k, n in counts.items() if n is not None}
+    return Distillation(inputs=texts, label_share=label_share, seed=seed, **chosen)
 
 
 def _layer(text: str) -> int:

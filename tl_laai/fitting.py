@@ -7,7 +7,7 @@ what `fit` calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -119,7 +119,7 @@ def taught_problem(problem: FitProblem, lesson: Lesson) -> FitProblem:
 
 def fit_many(
     model: Any,
-    problems: Sequence[FitProblem],
+    problems: Iterable[FitProblem],
     *,
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, get_args
 
 import torch
@@ -238,9 +240,32 @@ def _load_hooked(
 def _load_bridge(source: Source, dtype: torch.dtype, **placement: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(
-        str(source.folder or source.name), dtype=dtype, **placement
-    )
+    with _no_installing():
+        return TransformerBridge.boot_transformers(
+            str(source.folder or source.name), dtype=dtype, **placement
+        )
+
+
+@contextmanager
+def _no_installing() -> Iterator[None]:
+    """Where the processor of a model that sees images does not load, go on without it.
+
+    TransformerLens would have pip install torchvision, and another torch with it, unasked.
+    """
+    from transformers import AutoProcessor
+
+    own = vars(AutoProcessor)["from_pretrained"]
+
+    def processor(*args: Any, **options: Any) -> Any:
+        with suppress(Exception):
+            return own.__get__(None, AutoProcessor)(*args, **options)
+        return None
+
+    setattr(AutoProcessor, "from_pretrained", staticmethod(processor))  # noqa: B010  # for mypy
+    try:
+        yield
+    finally:
+        setattr(AutoProcessor, "from_pretrained", own)  # noqa: B010  # likewise
 
 
 def make_transposes_contiguous(model: Any) -> None:

@@ -78,7 +78,11 @@ def read_opinionqa(
 ) -> tuple[OpinionQuestion, ...]:
     """One group of a wave of OpinionQA."""
     info = list(_csv_rows(folder / "info.csv", ("key", "question", "references")))
-    scales = {row["key"]: _scale(where, row) for where, row in info}
+    scales: dict[str, list[str]] = {}
+    for where, row in info:
+        if row["key"] in scales:
+            raise ValueError(f"{where}: key {row['key']!r} is that of another question too")
+        scales[row["key"]] = _scale(where, row)
     answers = {row["key"]: {*_references(where, row), *_NO_ANSWER} for where, row in info}
     counts: dict[str, dict[str, float]] = {key: defaultdict(float) for key in scales}
     seen: dict[str, None] = {}
@@ -200,14 +204,15 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
             where = f"{path}, line {number}"
             try:
                 yield where, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: truncated, or not JSON ({error})") from error
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows as dictionaries, each with file and line; every one of `columns` must be there."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restval="")
+        # Not strict, it takes all behind a quote that is never closed for one cell.
+        reader = csv.DictReader(file, restval="", strict=True)
         try:
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
@@ -218,6 +223,11 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
                 if None in row:
                     raise ValueError(f"{where}: more cells than the header has columns")
                 yield where, row
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}: not CSV behind line {reader.line_num} ({error}): look for a quote that "
+                "is not closed"
+            ) from error
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}: not UTF-8 text behind line {reader.line_num}: save it as UTF-8"

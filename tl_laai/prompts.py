@@ -164,13 +164,15 @@ def tokenise(
         One entry an example, in their order.
 
     Raises:
-        TypeError: `model` is no TransformerLens model.
+        TypeError: `model` is no TransformerLens model, `template` no template.
         ValueError: There are no examples, an answer has no tokens, or it begins with white space
             behind that of the template.
         TooLongError: A prompt with its answer is longer than the model's context.
     """
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
+    if not isinstance(template, PromptTemplate):
+        raise TypeError(f"template is {template!r}; give a PromptTemplate, made from such a text")
     return tuple(_tokenise_one(model, e, template, demonstrations) for e in examples)
 
 

@@ -125,7 +125,7 @@ def _parsed(content: bytes, path: str | os.PathLike[str]) -> list[dict[str, Any]
     for number, line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == lines[-1][0] and rows and not text.endswith("\n"):
                 raise ValueError(
                     f"{path}, line {number}: the last line is cut off ({line[:40]!r}); delete it, "

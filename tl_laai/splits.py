@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Hashable, Iterable, Sequence
-from typing import SupportsIndex, TypeVar
+from typing import SupportsFloat, SupportsIndex, TypeVar
 
 Item = TypeVar("Item")
 
@@ -26,6 +26,20 @@ def integer(argument: str, value: SupportsIndex) -> int:
         except TypeError:
             pass
     raise TypeError(f"{argument} is {value!r}; give an integer, such as 3.")
+
+
+def number(argument: str, value: SupportsFloat) -> float:
+    """`value` as Python's own number, likewise.
+
+    Raises:
+        TypeError: a bool, text, or no number.
+    """
+    if not isinstance(value, bool | str):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"{argument} is {value!r}; give a number, such as 0.5.")
 
 
 def check_count(argument: str, value: object) -> None:

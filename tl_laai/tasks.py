@@ -65,20 +65,21 @@ def check_examples(name: str, examples: object) -> None:
     """Refuse what is no sequence of examples, such as a whole task.
 
     Raises:
-        TypeError: It is a task or a split, or holds texts or mappings.
+        TypeError: It is a task, a split or no sequence, or holds texts or mappings.
     """
     if isinstance(examples, Task | Split):
         raise TypeError(
             f"{name} is a {type(examples).__name__}; give some of its examples, such as the train "
             "or test of Task.split(train=10)"
         )
-    if isinstance(examples, Sequence):
-        for example in examples:
-            if isinstance(example, str | Mapping):
-                raise TypeError(
-                    f"{name} holds {example!r:.80}; give Example(input, output), or read them with "
-                    "Task.from_json or Task.from_dataset"
-                )
+    if not isinstance(examples, Sequence):
+        raise TypeError(f"{name} is a {type(examples).__name__}; give a list or tuple of Example")
+    for example in examples:
+        if isinstance(example, str | Mapping):
+            raise TypeError(
+                f"{name} holds {example!r:.80}; give Example(input, output), or read them with "
+                "Task.from_json or Task.from_dataset"
+            )
 
 
 def check_whole(name: str, text: str) -> None:
@@ -348,7 +349,7 @@ def _is_row(line: str) -> bool:
 def _json(text: str, where: str) -> object:
     try:
         return cast("object", json.loads(text))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{where}: truncated, or not JSON ({error})") from error
     except RecursionError as error:
         raise ValueError(f"{where}: not a task file, nested too deeply") from error
