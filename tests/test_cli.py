@@ -29,6 +29,8 @@ from tl_laai import (
     rounds,
 )
 from tl_laai.cli import app
+from tl_laai.controls import permuted_heads, random_direction
+from tl_laai.evaluation import as_edit, evaluate_edits
 from tl_laai.options import Backend
 from tl_laai.recipes import draw
 from tl_laai.tasks import available_tasks, load_task
@@ -325,6 +327,12 @@ def test_evaluate_needs_nothing_but_the_folder(
         "few_shot": evaluate(model, split.test, demonstrations=split.train),
         "intervened": evaluate(model, split.test, intervention=saved),
     }
+    edit = as_edit(model, saved)
+    controls = {
+        "random_direction": random_direction(edit, seed=0),
+        "permuted_heads": permuted_heads(edit, seed=0),
+    }
+    expected |= evaluate_edits(model, split.test, controls)
     assert list(shown) == list(expected)
     for name, evaluation in expected.items():
         assert shown[name] == pytest.approx(evaluation.to_dict(), rel=1e-5)
@@ -336,6 +344,12 @@ def test_evaluate_prints_a_table(inside: Path) -> None:
     lines = done("evaluate", "upper", "--test", 2).stdout.splitlines()
     assert "upper, 2 held-out examples" in lines[0]
     assert [line.split()[0] for line in lines[1:4]] == ["zero-shot", "3-shot", "zero-shot,"]
+    assert [line.split()[:2] for line in lines[4:6]] == [
+        ["control:", "random"],
+        ["control:", "heads"],
+    ]
+    lines = done("evaluate", "upper", "--test", 2, "--no-controls").stdout.splitlines()
+    assert not any("control" in line for line in lines)
 
 
 def test_evaluate_can_leave_few_shot_out_and_take_another_split_or_task(
@@ -436,7 +450,7 @@ def test_the_demo_fits_compares_shows_and_saves(
         assert part in text.lower() or part in text
     saved = Intervention.from_pretrained(tmp_path / "demo")
     assert saved.provenance["split"]["train"] == 10
-    assert len(json.loads(done("evaluate", tmp_path / "demo", "--json").stdout)) == 3
+    assert len(json.loads(done("evaluate", tmp_path / "demo", "--json").stdout)) == 5
 
 
 # ---------------------------------------------------------------------------------- bad usage

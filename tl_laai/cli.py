@@ -108,12 +108,17 @@ def evaluate(
     few_shot: Annotated[
         bool, typer.Option("--few-shot/--no-few-shot", help="Also prompt with demonstrations.")
     ] = True,
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="Of tasks: also edits of its size.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Compare zero-shot, few-shot and intervened answers on held-out examples.
 
     Model, task (or poll) and split are those of the fit. The demonstrations
-    are the examples that it was fitted on; none of these is held out.
+    are the examples that it was fitted on; none of these is held out. Controls
+    have the norms of its heads in random directions, or its heads permuted: they
+    should answer no more than zero-shot.
     """
     from tl_laai.interventions import Intervention
 
@@ -131,7 +136,8 @@ def evaluate(
     data, template = held_out(intervention, task=task, test=test, seed=seed, few_shot=few_shot)
     loaded = load_for(intervention, model, backend)
     with display.step(f"Answering {len(data.test)} questions"):
-        results = compare(loaded, intervention, data, template=template, few_shot=few_shot)
+        options = {"few_shot": few_shot, "controls": controls}
+        results = compare(loaded, intervention, data, template=template, **options)
     if json:
         shown = {name: results[name].to_dict() for name in results}
         if data.n_seen_unlabelled:

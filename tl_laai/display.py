@@ -216,6 +216,8 @@ def show_results(task: str, results: Mapping[str, Evaluation], *, n_shown: int) 
         "zero_shot": "zero-shot",
         "few_shot": f"{n_shown}-shot",
         "intervened": "zero-shot, intervened",
+        "random_direction": "control: random direction",
+        "permuted_heads": "control: heads permuted",
     }
     table = Table(box=None, pad_edge=False, header_style="bold")
     n = next(iter(results.values())).n

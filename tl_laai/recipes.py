@@ -269,6 +269,7 @@ def compare(
     *,
     template: PromptTemplate | None = None,
     few_shot: bool = True,
+    controls: bool = False,
 ) -> dict[str, Evaluation]:
     """Answer the held-out examples zero-shot, after demonstrations, and intervened.
 
@@ -281,20 +282,28 @@ def compare(
         data: what is held out.
         template: that of the fit; None for the default one.
         few_shot: False leaves the demonstrations out, and with them the longest prompts.
+        controls: also intervened with the same norms in random directions, and with heads
+            permuted where a layer has several.
 
     Returns:
-        Evaluations called `zero_shot`, `few_shot` and `intervened`.
+        Evaluations called `zero_shot`, `few_shot` and `intervened`, `random_direction` and
+        `permuted_heads`.
 
     Raises:
         ValueError: another model than that of the fit.
         TooLongError: a prompt is longer than its context.
     """
+    from tl_laai.controls import permuted_heads, random_direction
     from tl_laai.edits import Edit  # these import torch, which drawing examples can do without
     from tl_laai.evaluation import as_edit, evaluate, evaluate_edits
     from tl_laai.prompts import DEFAULT_TEMPLATE, TooLongError
 
     template = template or DEFAULT_TEMPLATE
     edits = {"zero_shot": Edit(), "intervened": as_edit(model, intervention)}
+    if controls:
+        edits["random_direction"] = random_direction(edits["intervened"], seed=0)
+        if all(len(delta) > 1 for delta in intervention.deltas.values()):
+            edits["permuted_heads"] = permuted_heads(edits["intervened"], seed=0)
     prompted = {}
     if few_shot:  # first: the longest prompts are those that may not fit
         try:
