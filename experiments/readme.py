@@ -16,6 +16,7 @@ from tables import MORE
 TABLES = (
     "benchmark_fit",
     "table_rules",
+    "table_side_effects",
     "table_opinions",
     "table_composition",
     "table_regularisation",

@@ -7,6 +7,7 @@ Both parts and the composed task get ten examples each. All interventions are at
 by cross-validation on the composed task's ten, like penalty and steps; the distilled fit of the
 composed task is at a layer of its own, which its teacher's answers choose. The weights of the sum
 are the best of a grid on ten more composed examples (`tuned sum`); the plain sum has no such help.
+`distilled parts` are distilled each from a teacher of its own; those ten more choose their layer.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from common import FIGURES, ROOT, parser, tasks
 from tables import (
     ALPHA,
     CHOOSING_EVALUATIONS,
+    LABEL_SHARE,
     MODEL,
     MORE,
     TAUGHT,
+    TAUGHT_STEPS,
+    TEACHER_STEPS,
     Row,
     answer_row,
     by_method,
@@ -52,6 +56,8 @@ FIRST = (
     "second part alone",
     "plain sum",
     "tuned sum",
+    "plain sum, distilled parts",
+    "tuned sum, distilled parts",
     "fitted jointly",
     TAUGHT,
 )
@@ -87,7 +93,7 @@ def fits(name: str, model: Any, data: Any, seed: int) -> list[Row]:
     """Prompting, sums of the parts' fits, and a fit of the composed task."""
     from tl_laai import FitProblem, evaluate, fit_auto, fit_many
     from tl_laai.edits import Edit
-    from tl_laai.evaluation import answer_scores, as_edit, evaluate_edits
+    from tl_laai.evaluation import as_edit, evaluate_edits
 
     parts = [task.split(train=N_TRAIN, test=N_TEST, seed=seed) for task in tasks(PARTS[name])]
     joint = fit_auto(
@@ -105,8 +111,7 @@ def fits(name: str, model: Any, data: Any, seed: int) -> list[Row]:
         for a, b in itertools.product(STRENGTHS, STRENGTHS)
         if a or b
     }
-    _, probabilities = answer_scores(model, data.validation, list(grid.values()))
-    best = list(grid)[int(probabilities.mean(dim=1).argmax())]
+    best = _likeliest(model, data, grid)
     edits = {f"{a:g} + {b:g}": edit for (a, b), edit in grid.items()}
     edits |= {"zero-shot": Edit(), "fitted jointly": as_edit(model, joint.fit.intervention)}
     scores = evaluate_edits(model, data.test, edits)
@@ -136,8 +141,62 @@ def distilled(name: str, model: Any, data: Any, seed: int) -> list[Row]:
     return fitted_teacher(model, data, seed)
 
 
+def distilled_parts(name: str, model: Any, data: Any, seed: int) -> list[Row]:
+    """Sums of distilled parts, at the layer and weights that ten more composed examples choose."""
+    from tl_laai import FitProblem, fit_many
+    from tl_laai.distillation import Distillation, prepare
+    from tl_laai.evaluation import as_edit, evaluate_edits
+
+    parts = [task.split(train=N_TRAIN, test=N_TEST, seed=seed) for task in tasks(PARTS[name])]
+    settings = Distillation(label_share=LABEL_SHARE, seed=seed, teacher_steps=TEACHER_STEPS)
+    lessons = [prepare(model, part.train, settings) for part in parts]
+    problems = [
+        FitProblem(lesson.examples, layer, alpha=0.0, weights=lesson.weights)
+        for layer in layers_of(model)
+        for lesson in lessons
+    ]
+    fitted = [one.intervention for one in fit_many(model, problems, relax_steps=TAUGHT_STEPS)]
+    pairs = list(zip(fitted[::2], fitted[1::2], strict=True))
+    grid = {
+        (layer, a, b): as_edit(model, a * first + b * second)
+        for layer, (first, second) in zip(layers_of(model), pairs, strict=True)
+        for a, b in itertools.product(STRENGTHS, STRENGTHS)
+        if a or b
+    }
+    plain = {key: edit for key, edit in grid.items() if key[1:] == (1.0, 1.0)}
+    chosen = {
+        "plain sum": _likeliest(model, data, plain),
+        "tuned sum": _likeliest(model, data, grid),
+    }
+    scores = evaluate_edits(model, data.test, {name: grid[key] for name, key in chosen.items()})
+    rows = [
+        answer_row(
+            f"{name}, distilled parts",
+            scores[name],
+            "layer {}: {:g} + {:g}".format(*chosen[name]),
+        )
+        for name in chosen
+    ]
+    layer = chosen["plain sum"][0]
+    for which, part, weights in zip(
+        ("first", "second"), parts, ((1.0, 0.0), (0.0, 1.0)), strict=True
+    ):
+        own = evaluate_edits(model, part.test, {"it": grid[layer, *weights]})["it"]
+        rows.append(answer_row(f"{which} part's task, its own, distilled", own, f"layer {layer}"))
+    return rows
+
+
+def _likeliest(model: Any, data: Any, edits: dict[Any, Any]) -> Any:
+    """The key of the edit under which ten more composed examples are answered best."""
+    from tl_laai.evaluation import answer_scores
+
+    _, probabilities = answer_scores(model, data.validation, list(edits.values()))
+    return list(edits)[int(probabilities.mean(dim=1).argmax())]
+
+
 GROUPS: dict[str, Callable[[str, Any, Any, int], list[Row]]] = {
     "fits": fits,
+    "distilled parts": distilled_parts,
     "fitted teacher": distilled,
 }
 

@@ -8,12 +8,13 @@ were chosen on other splits, but questions are shared by splits and groups, so m
 had a part in that choice. A fit learns from shares, in four orders of the options, over the whole
 vocabulary (`fitted, letters alone`: over the options' letters, for half as many steps); few-shot
 prompts and baselines see the first eight of its questions, each with its most frequent answer;
-`fitted on 8` sees the same eight, with their shares; `distilled` learns what the few-shot prompt
-answers to all of its questions.
+`fitted on 8` sees the same eight, with their shares; `few-shot, all 26` shows all; `distilled`
+learns what the few-shot prompt answers to all of its questions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,9 +39,10 @@ BASELINES = (
     "in-context-vector",
     "function-vector",
 )
-LETTERS = "fitted, letters alone"
+LETTERS, SHOWN_ALL = "fitted, letters alone", "few-shot, all 26"
+MEASURES = {"kl": "KL", "total_variation": "total variation", "wasserstein": "Wasserstein"}
 OURS = ("fitted", "fitted on 8", "distilled")
-PARTS = ("fits", LETTERS, "distilled", "shuffled answers", *BASELINES)
+PARTS = ("fits", SHOWN_ALL, LETTERS, "distilled", "shuffled answers", *BASELINES)
 POLL = ROOT.parent / "shared" / "data" / "opinions" / "nonvoters_groups.jsonl"
 NAME = "table_opinions"
 
@@ -85,6 +87,8 @@ def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
         edits = {part: _fitted(model, asked(taught))}
     elif part == "shuffled answers":
         edits = {part: _fitted(model, asked(shuffled_shares(split.train, seed)))}
+    elif part == SHOWN_ALL:
+        edits = {}
     else:
         # Baselines learn from right answers: a question's most frequent option.
         shown = task.examples(split.train[:N_SHOWN], n_orders=1, seed=seed)
@@ -92,9 +96,10 @@ def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
         bare = PromptTemplate(text="{input}", answer_end="")
         edits = {part: tune(model, right, METHODS[part], seed=seed, template=bare).edit}
     evaluated = partial(evaluate_opinions, model, split.test, n_orders=N_ORDERS, seed=seed)
-    found |= evaluated(edits)
-    if part == "fits":
-        found |= evaluated({"few-shot": Edit()}, demonstrations=split.train[:N_SHOWN])
+    found |= evaluated(edits) if edits else {}
+    if part in ("fits", SHOWN_ALL):
+        name, shown = ("few-shot", split.train[:N_SHOWN]) if part == "fits" else (part, split.train)
+        found |= evaluated({name: Edit()}, demonstrations=shown)
     return [
         {
             "kind": "opinions",
@@ -155,8 +160,13 @@ def show(rows: list[Row], measure: str) -> None:
     print(
         "\nIn brackets 95 % bootstrap intervals over batteries of questions (which share stem and "
         "options), then their questions. Outside: probability of no option's letter, mean over "
-        "groups."
+        "groups.\n"
     )
+    lines = [
+        [method, *(_mean_over_groups(own, name) for name in MEASURES)]
+        for method, own in found.items()
+    ]
+    print(markdown(["mean over groups", *MEASURES.values()], lines))
     print(MORE)
     lines = []
     for ours in OURS if "fitted" in found else ():
@@ -166,6 +176,11 @@ def show(rows: list[Row], measure: str) -> None:
             ]
             lines.append([f"{ours} - {other}", *map(_signed, cells)])
     print(markdown(["difference", *groups], lines))
+
+
+def _mean_over_groups(own: Mapping[str, Sequence[Row]], measure: str) -> str:
+    of_groups = [np.mean([x for row in rows for x in row[measure]]) for rows in own.values()]
+    return f"{np.mean(of_groups):.3f}"
 
 
 def _interval(ours: list[Row], theirs: list[Row] | None, measure: str) -> PairedDifference | None:

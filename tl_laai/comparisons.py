@@ -44,6 +44,9 @@ def baselines(
     cross-validation inside the training examples. Vectors that are read off
     activations are not taught where an answer ends: for them see "begins right".
     A file given as --out keeps its rows of other models, tasks, methods, seeds.
+
+    Sources: Todd et al. 2024, Hendel et al. 2023, Liu et al. 2024, Rimsky et al.
+    2024, Li et al. 2023, Yin et al. 2024; Hu et al. 2021, Liu et al. 2022.
     """
     if out is not None:
         check_rows_file(out, "baseline")
