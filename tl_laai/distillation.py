@@ -63,21 +63,21 @@ class Distillation:
         n_inputs: how many it should make up.
         label_share: weight of the labelled answers in the loss, 0 to 1; 0 leaves them out.
         n_teachers: orders of the examples over which the teacher is averaged.
-        n_shown: how many of the examples each of these but the first shows; None for all.
         seed: of the orders and of what is made up.
         teacher_steps: steps of the teacher's own fit on the labels, behind its demonstrations
             (`teachers.fit_teacher`); 0 leaves the few-shot prompt as it is.
         teacher_layer: of that fit; None for the one after a third of the model.
+        n_shown: how many of the examples all orders but the first show; None for all.
     """
 
     inputs: tuple[str, ...] | None = None
     n_inputs: int = 64
     label_share: float = 0.0
     n_teachers: int = 1
-    n_shown: int | None = None
     seed: int = 0
     teacher_steps: int = 5
     teacher_layer: int | None = None
+    n_shown: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.inputs, str):

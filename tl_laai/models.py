@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, get_args
@@ -246,6 +247,9 @@ def _load_bridge(source: Source, dtype: torch.dtype, **placement: Any) -> Any:
         )
 
 
+_PATCHING = threading.Lock()
+
+
 @contextmanager
 def _no_installing() -> Iterator[None]:
     """Where the processor of a model that sees images does not load, go on without it.
@@ -254,18 +258,19 @@ def _no_installing() -> Iterator[None]:
     """
     from transformers import AutoProcessor
 
-    own = vars(AutoProcessor)["from_pretrained"]
+    with _PATCHING:
+        own = vars(AutoProcessor)["from_pretrained"]
 
-    def processor(*args: Any, **options: Any) -> Any:
-        with suppress(Exception):
-            return own.__get__(None, AutoProcessor)(*args, **options)
-        return None
+        def processor(*args: Any, **options: Any) -> Any:
+            with suppress(Exception):
+                return own.__get__(None, AutoProcessor)(*args, **options)
+            return None
 
-    setattr(AutoProcessor, "from_pretrained", staticmethod(processor))  # noqa: B010  # for mypy
-    try:
-        yield
-    finally:
-        setattr(AutoProcessor, "from_pretrained", own)  # noqa: B010  # likewise
+        setattr(AutoProcessor, "from_pretrained", staticmethod(processor))  # noqa: B010  # for mypy
+        try:
+            yield
+        finally:
+            setattr(AutoProcessor, "from_pretrained", own)  # noqa: B010  # likewise
 
 
 def make_transposes_contiguous(model: Any) -> None:
