@@ -22,7 +22,7 @@ import numpy as np
 from common import FIGURES, ROOT, parser
 from tables import MORE, Row, by_method, markdown, resume
 
-from tl_laai.metrics import PairedDifference, paired_bootstrap
+from tl_laai.bootstrap import PairedDifference, paired_bootstrap
 from tl_laai.rows import read_rows
 
 MODEL, LAYER = "gemma-3-270m", 9

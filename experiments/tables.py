@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from common import FIGURES
 
-from tl_laai.metrics import paired_bootstrap
+from tl_laai.bootstrap import paired_bootstrap
 
 Row = dict[str, Any]
 

@@ -36,6 +36,7 @@ LEVELS = {
     "recording": 0,
     "rows": 0,
     "splits": 0,
+    "bootstrap": 1,
     "curvature": 1,
     "models": 1,
     "poll_readers": 1,
@@ -101,7 +102,7 @@ LEVELS = {
     "opinion_commands": 12,
     "cli": 13,
 }
-NEVER_IMPORT_TORCH = ("figures", "metrics", "rows")
+NEVER_IMPORT_TORCH = ("bootstrap", "figures", "metrics", "rows")
 MODEL_CLASSES = {"HookedTransformer", "TransformerBridge"}
 
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

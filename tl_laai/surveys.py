@@ -19,16 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_laai.bootstrap import bootstrap_interval
 from tl_laai.decoding import option_log_probabilities
 from tl_laai.edits import Edit
 from tl_laai.evaluation import as_edit
 from tl_laai.interventions import Intervention
-from tl_laai.metrics import (
-    bootstrap_interval,
-    kl_divergence,
-    total_variation,
-    wasserstein_ordered,
-)
+from tl_laai.metrics import kl_divergence, total_variation, wasserstein_ordered
 from tl_laai.opinions import (
     DEFAULT_OPINION_TEMPLATE,
     OpinionQuestion,
@@ -85,7 +81,7 @@ class OpinionEvaluation:
         return len(self.rows)
 
     def values(self, measure: Measure) -> list[float]:
-        """One number a question, in order: what `metrics.paired_bootstrap` compares."""
+        """One number a question, in order: what `bootstrap.paired_bootstrap` compares."""
         if measure not in MEASURES:
             raise ValueError(f"measure is {measure!r}; use one of {MEASURES}.")
         return [float(getattr(row, measure)) for row in self.rows]
