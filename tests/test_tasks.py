@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -432,8 +433,14 @@ def test_negative_and_fractional_numbers_are_refused(argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be 0 or more, got -1"):
         numbers(10).split(**sound | {argument: -1})
     for wrong in (0.5, True, "1"):
-        with pytest.raises(TypeError, match=f"{argument} must be an integer"):
+        with pytest.raises(TypeError, match=f"{argument} is .*; give an integer"):
             numbers(10).split(**sound | {argument: wrong})  # type: ignore[arg-type]  # the point
+
+
+def test_integers_of_numpy_split_as_pythons_do() -> None:
+    sound = {"train": 2, "validation": 1, "test": 3, "seed": 4}
+    given = {name: np.int64(value) for name, value in sound.items()}
+    assert numbers(10).split(**given) == numbers(10).split(**sound)
 
 
 def test_overlapping_sets_are_refused_by_the_inputs_that_they_share() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tl_laai.checkpoints import find_source, quiet, unknown_model
 from tl_laai.prompts import TokenisedExample
-from tl_laai.splits import check_count
+from tl_laai.splits import count
 from tl_laai.vocabulary import Unembedding, cross_entropy, logit_scale, next_token
 
 Method = Literal["lora", "ia3"]
@@ -45,7 +45,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"method is {self.method!r}; use one of {get_args(Method)}.")
-        check_count("rank", self.rank)
+        object.__setattr__(self, "rank", count("rank", self.rank))
         if self.rank == 0:
             raise ValueError("rank is 0; LoRA needs at least 1.")
         if self.method == "ia3" and self.target_modules is not None:

@@ -44,7 +44,7 @@ from tl_laai.prompts import (
     tokenise,
     tokenise_prompts,
 )
-from tl_laai.splits import check_count, seeded_order
+from tl_laai.splits import count, seeded_order
 from tl_laai.tasks import Example, same_input_key
 from tl_laai.teachers import fit_teacher, teacher_layer
 
@@ -86,10 +86,10 @@ class Distillation:
             if not isinstance(text, str) or not text.strip():
                 raise TypeError(f"inputs holds {text!r:.80}; give texts, without labels")
         for name in ("n_inputs", "n_teachers", "seed", "teacher_steps"):
-            check_count(name, getattr(self, name))
+            object.__setattr__(self, name, count(name, getattr(self, name)))
         for name in ("teacher_layer", "n_shown"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+                object.__setattr__(self, name, count(name, getattr(self, name)))
         if not 0 <= self.label_share < 1:
             raise ValueError(
                 f"label_share is {self.label_share}; give 0 or more and less than 1: with labels "

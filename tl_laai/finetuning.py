@@ -45,7 +45,7 @@ from tl_laai.fingerprints import fingerprint
 from tl_laai.models import load_model
 from tl_laai.prefix import freeze
 from tl_laai.prompts import DEFAULT_TEMPLATE, PromptTemplate, TokenisedExample, tokenise
-from tl_laai.splits import check_count
+from tl_laai.splits import count
 from tl_laai.tasks import Example
 
 BATCH_SIZE = 16
@@ -169,7 +169,7 @@ def fine_tune(
             loss that is no longer finite.
     """
     config = AdapterConfig(method, rank, target_modules)
-    check_count("steps", steps)
+    steps = count("steps", steps)
     training = Training.of(model, examples, config, batch_size, template, seed, hf_model)
     return training.fine_tune(learning_rate, steps)
 
@@ -202,8 +202,7 @@ class Training:
     ) -> Training:
         """Check the arguments of `fine_tune`, and load what they name."""
         import_peft()  # its absence is told before anything is loaded
-        check_count("seed", seed)
-        check_count("batch_size", batch_size)
+        seed, batch_size = count("seed", seed), count("batch_size", batch_size)
         if batch_size == 0:
             raise ValueError("batch_size is 0; use at least 1.")
         if isinstance(model, (str, os.PathLike)):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from tl_laai.opinions import OpinionQuestion, option_examples
 from tl_laai.poll_readers import read_global_opinions, read_jsonl, read_opinionqa
@@ -91,7 +91,12 @@ class OpinionTask:
         return tuple(first.values())
 
     def split(
-        self, *, train: int, validation: int = 0, test: int | None = None, seed: int = 0
+        self,
+        *,
+        train: SupportsIndex,
+        validation: SupportsIndex = 0,
+        test: SupportsIndex | None = None,
+        seed: SupportsIndex = 0,
     ) -> OpinionSplit:
         """Draw disjoint sets of questions, as `Task.split` draws examples.
 

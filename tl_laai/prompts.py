@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_laai.distributions import Distributions
 from tl_laai.opinions import OptionExample
-from tl_laai.splits import check_count, seeded_order
+from tl_laai.splits import count, seeded_order
 from tl_laai.tasks import Example
 
 
@@ -231,8 +231,7 @@ def sample_demonstrations(train: Sequence[Example], k: int, seed: int) -> tuple[
         TypeError, ValueError: `k` or `seed` is not a non-negative integer, or `k` is more than
             there is.
     """
-    check_count("k", k)
-    check_count("seed", seed)
+    k, seed = count("k", k), count("seed", seed)
     if k > len(train):
         raise ValueError(f"k must be at most the {len(train)} examples there are, got {k}")
     return seeded_order(train, seed)[:k]

@@ -42,12 +42,16 @@ def number(argument: str, value: SupportsFloat) -> float:
     raise TypeError(f"{argument} is {value!r}; give a number, such as 0.5.")
 
 
-def check_count(argument: str, value: object) -> None:
-    """Refuse anything but a non-negative integer, naming the argument."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{argument} must be an integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{argument} must be 0 or more, got {value}")
+def count(argument: str, value: SupportsIndex) -> int:
+    """`value` as `integer` gives it, and 0 or more.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    number = integer(argument, value)
+    if number < 0:
+        raise ValueError(f"{argument} must be 0 or more, got {number}")
+    return number
 
 
 def seeded_order(examples: Iterable[Item], seed: int) -> tuple[Item, ...]:
@@ -82,18 +86,16 @@ def cross_validation_folds(labels: Sequence[Hashable], n_folds: int, seed: int) 
 def divide(
     items: Sequence[Item],
     *,
-    train: int,
-    validation: int = 0,
-    test: int | None = None,
-    seed: int = 0,
+    train: SupportsIndex,
+    validation: SupportsIndex = 0,
+    test: SupportsIndex | None = None,
+    seed: SupportsIndex = 0,
     name: str = "",
 ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
     """Train, validation and test items of one seeded order, as `Task.split` describes."""
-    check_count("train", train)
-    check_count("validation", validation)
-    check_count("seed", seed)  # random.Random(-1) would repeat random.Random(1)
-    if test is not None:
-        check_count("test", test)
+    train, validation = count("train", train), count("validation", validation)
+    seed = count("seed", seed)  # random.Random(-1) would repeat random.Random(1)
+    test = None if test is None else count("test", test)
     total = train + validation + (test or 0)
     if total > len(items):
         raise ValueError(

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, SupportsIndex, cast
 
 from tl_laai.splits import divide
 
@@ -188,7 +188,12 @@ class Task:
         return tuple(first.values())
 
     def split(
-        self, *, train: int, validation: int = 0, test: int | None = None, seed: int = 0
+        self,
+        *,
+        train: SupportsIndex,
+        validation: SupportsIndex = 0,
+        test: SupportsIndex | None = None,
+        seed: SupportsIndex = 0,
     ) -> Split:
         """Draw disjoint train, validation and test sets, the same for the same seed.
 
