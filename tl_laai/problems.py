@@ -86,8 +86,9 @@ def engine_for(
             backend, tokenised, layers=layers, rows=rows, max_memory=max_memory
         )
         level = logging.WARNING if needed >= 2**30 else logging.INFO
-        message = "%d fits on %d examples take about %.2f GiB above the model"
-        _LOG.log(level, message, len(layers), len(distinct), needed / 2**30)
+        fits = "1 fit" if len(layers) == 1 else f"{len(layers)} fits"
+        message = "%s on %d examples: about %.2f GiB above the model"
+        _LOG.log(level, message, fits, len(distinct), needed / 2**30)
     prompts = freeze(model, tokenised)
     return Engine(
         prompts,
