@@ -22,6 +22,7 @@ from tables import (
     CHOOSING_EVALUATIONS,
     LABEL_SHARE,
     MODEL,
+    MORE,
     TAUGHT,
     TAUGHT_STEPS,
     TEACHER_STEPS,
@@ -174,6 +175,12 @@ def show(rows: list[Row]) -> None:
         "token moves; controls are those of the distilled fit. In brackets 95 % bootstrap "
         "intervals over examples."
     )
+    print(MORE)
+    lines = [
+        [method, *(percent(own[name]) if name in own else "-" for name in names)]
+        for method, own in by_method(rows, "task").items()
+    ]
+    print(markdown(["exact match, %", *names], lines))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Orders, splits and folds of anything, which a seed alone decides."""
+"""Orders, splits and folds of anything, which a seed alone decides; numbers asked for, checked."""
 
 from __future__ import annotations
 
