@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from common import FIGURES
 from matplotlib.figure import Figure
-from tables import TAUGHT, Row, by_method, interval, of_all_tasks
+from tables import (
+    TAUGHT,
+    Row,
+    by_method,
+    interval,
+    of_all_tasks,
+)
 
 from tl_laai.canvas import (
     WIDTH,

@@ -35,9 +35,10 @@ def hardware(device: str) -> str:
         return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0]
     about = about_cpu()
     make = next((make for name, make in MAKES.items() if name in about), platform.machine())
-    # Generations of one make differ by a factor of two.
+    # Generations of one make differ by a factor of two, and so do their widths of vectors.
     family = re.search(r"^cpu family\s*: (\d+)", about, re.MULTILINE)
-    return f"{make} family {family[1]}" if family else make
+    narrow = " without AVX-512" if "avx2" in about and "avx512f" not in about else ""
+    return (f"{make} family {family[1]}" if family else make) + narrow
 
 
 class RecordProducts(TorchDispatchMode):

@@ -19,25 +19,29 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, ROOT, parser, tasks
-from tables import (
+from shared_fits import (
     ALPHA,
     CHOOSING_EVALUATIONS,
     LABEL_SHARE,
+    TAUGHT_STEPS,
+    TEACHER_STEPS,
+    control_rows,
+    fitted_teacher,
+    layers_of,
+    search,
+)
+from tables import (
+    CONTROLS,
     MODEL,
     MORE,
     TAUGHT,
-    TAUGHT_STEPS,
-    TEACHER_STEPS,
     Row,
     answer_row,
     by_method,
     differences,
-    fitted_teacher,
-    layers_of,
     markdown,
     percent,
     resume,
-    search,
     seeds_of,
     unit,
 )
@@ -60,6 +64,7 @@ FIRST = (
     "tuned sum, distilled parts",
     "fitted jointly",
     TAUGHT,
+    *CONTROLS,
 )
 COMPOSED = ROOT.parent / "shared" / "data" / "composed"
 # Composed task -> its two parts among the rules.
@@ -194,10 +199,16 @@ def _likeliest(model: Any, data: Any, edits: dict[Any, Any]) -> Any:
     return list(edits)[int(probabilities.mean(dim=1).argmax())]
 
 
+def controls(name: str, model: Any, data: Any, seed: int) -> list[Row]:
+    """Controls of the distilled fit of the composed task."""
+    return control_rows(NAME, name, model, data, seed)
+
+
 GROUPS: dict[str, Callable[[str, Any, Any, int], list[Row]]] = {
     "fits": fits,
     "distilled parts": distilled_parts,
     "fitted teacher": distilled,
+    "controls": controls,
 }
 
 

@@ -13,24 +13,26 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, parser, tasks
-from tables import (
+from shared_fits import (
     ALPHA,
+    described,
+    distilled_row,
+    finetuning,
+    fitted_teacher,
+    layers_of,
+    search,
+)
+from tables import (
     MODEL,
     TAUGHT,
     Row,
     answer_row,
     by_method,
     computed_elsewhere,
-    described,
-    distilled_row,
-    finetuning,
-    fitted_teacher,
-    layers_of,
     markdown,
     mean_difference,
     percent,
     resume,
-    search,
     seeds_of,
     unit,
 )

@@ -15,8 +15,18 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, RULES, parser, tasks
-from tables import (
+from shared_fits import (
     HALF_ALPHAS,
+    described,
+    fitted_teacher,
+    labelled_again,
+    layers_of,
+    search,
+    setting_of,
+    zeros,
+)
+from tables import (
+    CONTROLS,
     MODEL,
     MORE,
     TAUGHT,
@@ -24,17 +34,12 @@ from tables import (
     answer_row,
     average,
     by_method,
-    described,
     differences,
-    fitted_teacher,
-    layers_of,
     markdown,
     percent,
     resume,
-    search,
     seeds_of,
     unit,
-    zeros,
 )
 
 from tl_laai.rows import read_rows
@@ -45,6 +50,7 @@ ALPHAS = (0.9, 0.5)
 # Weight of L1 as a multiple of the group weight. A pure L1 penalty is all but so.
 KINDS = {"group": 0.0, "both": 0.02, "L1": 1e3}
 NAME = "table_regularisation"
+CONTROLLED = "group, relaxed"
 
 
 def fits(model: Any, data: Any, seed: int) -> list[Row]:
@@ -77,6 +83,27 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
     ]
 
 
+def controls(model: Any, data: Any, seed: int) -> list[Row]:
+    """Controls of the relaxed fit under a group penalty: random, permuted, shuffled answers."""
+    from tl_laai.controls import permuted_heads, random_direction, shuffled_answers
+    from tl_laai.evaluation import as_edit, evaluate_edits
+
+    setting = setting_of(NAME, CONTROLLED, data.task.name, seed)
+    itself, shuffled = (
+        as_edit(model, labelled_again(model, examples, setting).intervention)
+        for examples in (data.train, shuffled_answers(data.train, seed))
+    )
+    edits = dict(
+        zip(
+            CONTROLS,
+            (shuffled, random_direction(itself, seed), permuted_heads(itself, seed)),
+            strict=True,
+        )
+    )
+    scores = evaluate_edits(model, data.test, edits)
+    return [answer_row(f"{name}, {CONTROLLED}", scores[name], setting) for name in CONTROLS]
+
+
 def half(model: Any, data: Any, seed: int) -> list[Row]:
     """A distilled fit on at most half of the heads, which a group penalty chooses."""
     n_heads = model.cfg.n_heads // 2
@@ -86,6 +113,7 @@ def half(model: Any, data: Any, seed: int) -> list[Row]:
 
 GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
     "fits": fits,
+    "controls": controls,
     "fitted teacher": fitted_teacher,
     "fitted teacher, half": half,
 }
@@ -93,12 +121,13 @@ GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
 
 def compute(groups: list[str], names: list[str], seeds: list[int]) -> None:
     from tl_laai import load_model
+    from tl_laai.recipes import draw
 
     model = load_model(MODEL, device="cpu")
     jobs = []
     for seed in seeds:
         for task in tasks(names):
-            data = task.split(train=N_TRAIN, test=N_TEST, seed=seed)
+            data = draw(task, train=N_TRAIN, test=N_TEST, seed=seed)
             for group in groups:
                 shared = unit(task, seed, group, "cpu")
                 jobs.append((shared, partial(GROUPS[group], model, data, seed)))

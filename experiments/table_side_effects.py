@@ -18,14 +18,11 @@ from typing import Any
 
 from common import FIGURES, RULES, parser, tasks
 from rules_shown import N_TEST, N_TRAIN
+from shared_fits import distilled_controls, labelled_again, layer_of
 from tables import (
-    CHOOSING_EVALUATIONS,
-    LABEL_SHARE,
     MODEL,
     MORE,
     TAUGHT,
-    TAUGHT_STEPS,
-    TEACHER_STEPS,
     Row,
     answer_row,
     by_method,
@@ -102,32 +99,16 @@ def _settings(data: Any) -> dict[str, str]:
 
 
 def _edits(model: Any, data: Any, settings: dict[str, str]) -> dict[str, Any]:
-    from tl_laai import fit
     from tl_laai.baselines import METHODS
-    from tl_laai.controls import permuted_heads, random_direction, shuffled_answers
-    from tl_laai.distillation import Distillation
     from tl_laai.evaluation import as_edit
     from tl_laai.methods import Setting
 
-    def labelled(name: str) -> Any:
-        layer, alpha, steps = re.search(
-            r"layer (\d+), ([\d.]+) lambda_max, (\d+) steps", settings[name]
-        ).groups()
-        options = {"relax_steps": int(steps), "max_evaluations": CHOOSING_EVALUATIONS}
-        return fit(model, data.train, layer=int(layer), alpha=float(alpha), **options)
-
-    def distilled(examples: Any) -> Any:
-        teaching = Distillation(label_share=LABEL_SHARE, seed=SEED, teacher_steps=TEACHER_STEPS)
-        layer = int(re.search(r"layer (\d+)", settings[TAUGHT]).group(1))
-        options = {"distillation": teaching, "relax_steps": TAUGHT_STEPS, "alpha": 0.0}
-        return fit(model, examples, layer=layer, objective="distill", **options)
-
-    fits = {name: labelled(name) for name in LABELLED}
-    fits[TAUGHT] = distilled(data.train)
-    fits["shuffled answers"] = distilled(shuffled_answers(data.train, SEED))
-    edits = {name: as_edit(model, it.intervention) for name, it in fits.items()}
-    edits["random direction"] = random_direction(edits[TAUGHT], SEED)
-    edits["permuted heads"] = permuted_heads(edits[TAUGHT], SEED)
+    edits = {
+        name: as_edit(model, labelled_again(model, data.train, settings[name]).intervention)
+        for name in LABELLED
+    }
+    layer = layer_of("table_rules", TAUGHT, data.task.name, SEED)
+    edits |= distilled_controls(model, data, layer, SEED)
     for name, method in METHODS.items():
         found = re.findall(r"(\w+) ([\d.e-]+)", settings[name].replace("n heads", "n_heads"))
         numbers = {("learning_rate" if k == "rate" else k): float(v) for k, v in found}

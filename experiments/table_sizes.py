@@ -16,24 +16,27 @@ from functools import partial
 from typing import Any
 
 from common import FIGURES, parser, tasks
-from tables import (
+from shared_fits import (
     ALPHA,
+    control_rows,
+    described,
+    fitted_teacher,
+    layers_of,
+    search,
+    zeros,
+)
+from tables import (
     MORE,
     TAUGHT,
     Row,
     answer_row,
     by_method,
-    described,
     differences,
-    fitted_teacher,
-    layers_of,
     markdown,
     percent,
     resume,
-    search,
     seeds_of,
     source,
-    zeros,
 )
 
 from tl_laai.rows import read_rows
@@ -45,7 +48,7 @@ N_TRAIN, N_TEST = 10, 100
 NAME = "table_sizes"
 
 
-def fits(model: Any, data: Any, seed: int) -> list[Row]:
+def fits(name: str, model: Any, data: Any, seed: int) -> list[Row]:
     """Prompting, and fits on labels."""
     from tl_laai import evaluate, fit_auto
     from tl_laai.recipes import compare
@@ -64,9 +67,20 @@ def fits(model: Any, data: Any, seed: int) -> list[Row]:
     ]
 
 
-GROUPS: dict[str, Callable[[Any, Any, int], list[Row]]] = {
+def distilled(name: str, model: Any, data: Any, seed: int) -> list[Row]:
+    """A fit on what the model itself answers to few-shot prompts, fitted on the ten."""
+    return fitted_teacher(model, data, seed)
+
+
+def controls(name: str, model: Any, data: Any, seed: int) -> list[Row]:
+    """Controls of that one."""
+    return control_rows(NAME, data.task.name, model, data, seed, name)
+
+
+GROUPS: dict[str, Callable[[str, Any, Any, int], list[Row]]] = {
     "fits": fits,
-    "fitted teacher": fitted_teacher,
+    "fitted teacher": distilled,
+    "controls": controls,
 }
 
 
@@ -91,7 +105,7 @@ def compute(
                 for group in groups:
                     shared = {"model": name, "dtype": dtype, "task": task.name, "seed": seed}
                     shared |= {"group": group, **source(task)}
-                    jobs.append((shared, partial(GROUPS[group], model, data, seed)))
+                    jobs.append((shared, partial(GROUPS[group], name, model, data, seed)))
         resume(NAME, ("model", "dtype", "task", "seed", "group", "digest"), jobs)
 
 

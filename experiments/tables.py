@@ -19,39 +19,11 @@ MODEL = "gemma-3-270m"  # of the tables that compare methods on one model
 # What a table's script prints below this line does not stand in the README.
 MORE = "\n---\n"
 
-# A smaller search than fit_auto's default, the same number of folds as the baselines get. Layers,
-# penalty and steps are those that did well on rule tasks with seed 100.
-STEPS, N_FOLDS, ALPHA, CHOOSING_EVALUATIONS = (15, 30, 60), 2, 0.9, 15
-HALF_ALPHAS = (0.9, 0.7, 0.6, 0.5)
-TAUGHT_STEPS, LABEL_SHARE, TEACHER_STEPS = 45, 0.5, 5
-
 # Student's t at 97.5 %, by degrees of freedom from 1 on.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 TAUGHT = "distilled, fitted teacher"  # as `fit_auto` distils by default
-
-
-def layers_of(model: Any) -> list[int]:
-    """The layers after a sixth, a third and half of the model: 3, 6 and 9 of 18."""
-    n_layers = model.cfg.n_layers
-    return [n_layers // 6, n_layers // 3, n_layers // 2]
-
-
-def search(seed: int) -> dict[str, Any]:
-    """Settings of `fit_auto` that all tables share."""
-    return {"relax_steps": STEPS, "n_folds": N_FOLDS, "seed": seed, "drop_below": 0.0}
-
-
-def distilling(seed: int, teacher_steps: int = 0) -> dict[str, Any]:
-    """The same of distilled fits: their layer alone is chosen, by what the teacher says."""
-    from tl_laai.distillation import Distillation
-
-    settings = Distillation(label_share=LABEL_SHARE, seed=seed, teacher_steps=teacher_steps)
-    return search(seed) | {
-        "relax_steps": [TAUGHT_STEPS],
-        "objectives": ["distill"],
-        "distillation": settings,
-    }
+CONTROLS = ("shuffled answers", "random direction", "permuted heads")
 
 
 def resume(
@@ -89,67 +61,6 @@ def answer_row(method: str, evaluation: Any, setting: str = "", **more: Any) -> 
         "correct": [int(row.correct) for row in evaluation.rows],
         **more,
     }
-
-
-def described(chosen: Any) -> str:
-    """A candidate of a validation table, in words."""
-    steps = f", {chosen.relax_steps} steps" if chosen.relax_steps else ""
-    share = f" and {chosen.label_share:g} labels" if chosen.label_share else ""
-    return f"{chosen.objective}{share}, layer {chosen.layer}, {chosen.alpha:g} lambda_max{steps}"
-
-
-def fitted_teacher(model: Any, data: Any, seed: int, **settings: Any) -> list[Row]:
-    """A fit on what the few-shot prompt answers with a Delta of its own; layer chosen by that."""
-    return [distilled_row(TAUGHT, model, data, seed, TEACHER_STEPS, **settings)]
-
-
-def distilled_row(
-    method: str, model: Any, data: Any, seed: int, teacher_steps: int, **settings: Any
-) -> Row:
-    """A distilled fit on `data.train`, asked `data.test`; `settings` of `fit_auto` go before."""
-    from tl_laai import evaluate, fit_auto
-
-    choice = {"layers": layers_of(model), **distilling(seed, teacher_steps), **settings}
-    chosen = fit_auto(model, data.train, **choice)
-    score = evaluate(model, data.test, intervention=chosen.fit.intervention)
-    return answer_row(method, score, described(chosen.candidate), **zeros(chosen.fit))
-
-
-def zeros(fitted: Any) -> Row:
-    """How many heads a Delta has, and the share of its entries that are zero."""
-    delta = fitted.solution.delta
-    n_heads = int((delta.norm(dim=-1) > 0).sum())
-    return {"n_heads": n_heads, "zeros": float((delta == 0).double().mean())}
-
-
-def finetuning(
-    model: Any,
-    data: Any,
-    seed: int,
-    *,
-    methods: Sequence[str] = ("lora", "ia3"),
-    suffix: str = "",
-    **more: Any,
-) -> list[Row]:
-    """LoRA and IA3, learning rate and steps by the same cross-validation.
-
-    Args:
-        model, data, seed: as for all groups.
-        methods: which of the two.
-        suffix: of the methods' names.
-        more: as for `tune_fine_tuning`.
-    """
-    from tl_laai.adapters import hugging_face_model
-    from tl_laai.finetuning_selection import tune_fine_tuning
-
-    plain = hugging_face_model(MODEL, like=model)
-    rows = []
-    for method in methods:
-        settings = {"method": method, "seed": seed, "hf_model": plain, **more}
-        tuned = tune_fine_tuning(model, data.train, **settings)
-        setting = f"learning rate {tuned.learning_rate:g}, {tuned.steps} steps"
-        rows.append(answer_row(method + suffix, tuned.fine_tuned.evaluate(data.test), setting))
-    return rows
 
 
 def by_method(rows: Sequence[Row], column: str) -> dict[str, dict[str, list[Row]]]:

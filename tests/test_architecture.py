@@ -98,9 +98,10 @@ LEVELS = {
     "selection": 11,
     "sweeps": 11,
     "analyses": 12,
-    "fit_commands": 12,
+    "fit_options": 12,
     "opinion_commands": 12,
-    "cli": 13,
+    "fit_commands": 13,
+    "cli": 14,
 }
 NEVER_IMPORT_TORCH = ("bootstrap", "figures", "metrics", "rows")
 MODEL_CLASSES = {"HookedTransformer", "TransformerBridge"}

@@ -21,7 +21,7 @@ from tl_laai import (
     __version__,
     demo,
     evaluate,
-    fit_commands,
+    fit_options,
     fitting,
     hooking,
     load_model,
@@ -143,8 +143,8 @@ def test_every_built_in_model_is_listed(tmp_path: Path, monkeypatch: pytest.Monk
     ("here", "there"),
     [
         (Backend, models.Backend),
-        (fit_commands.Position, hooking.Position),
-        (fit_commands.Solver, fitting.Solver),
+        (fit_options.Position, hooking.Position),
+        (fit_options.Solver, fitting.Solver),
     ],
 )
 def test_the_choices_are_those_of_the_library(here: Any, there: Any) -> None:
@@ -472,6 +472,7 @@ def test_the_demo_fits_compares_shows_and_saves(
         # Of the two faults the option is told: it is checked before a model is looked for.
         ({"learning-rate": "inf", "model": "no-such-model"}, "--learning-rate is inf"),
         ({"learning-rate": 0.5}, "--learning-rate 0.5 is for --solver adam and --relax"),
+        ({"folds": 3}, "--folds 3 is for what is chosen by cross-validation, and nothing is"),
         ({"template": "x" * 200 + "{input}"}, "more than the model's context of 128"),
     ],
 )
@@ -596,9 +597,11 @@ def test_fit_relaxes_as_often_as_asked(inside: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done(*fit_arguments(inside, alpha=0.5, relax=4, out=out))
     assert Intervention.from_pretrained(out).provenance["solver"]["relax_steps"] == 4
-    done(*fit_arguments(inside, layer="auto", relax=3, train=4, out=out))
+    done(*fit_arguments(inside, layer="auto", relax=3, train=4, folds=3, out=out))
     kept = Intervention.from_pretrained(out).provenance
     assert {row["relax_steps"] for row in kept["selection"]["table"]} == {3}
+    rows = [row for row in kept["selection"]["table"] if row["round"] == "final"]
+    assert {len(row["fold_losses"]) for row in rows} == {3}
     assert kept["solver"]["max_evaluations"] == 20
     message = refused(laai(*fit_arguments(inside, layer="auto", tolerance=1e-4, out=out)), 2)
     assert "--tolerance 0.0001 is for a given --layer" in message

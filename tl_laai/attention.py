@@ -4,7 +4,7 @@ What a row's attention rounds to must not depend on the rows beside it in a batc
 `tl_laai.__init__`), so what they share, the room for keys and steps, has sizes within which torch
 takes the same path: its softmax adds up in vectors of 16, and its batched matrix products have
 other kernels for vectors and for tiny matrices; on other CPUs than Intel's also for what is left
-over of blocks of four, and for more than eleven rows or columns, which is left so.
+over of blocks of four (with AVX2 of eight), and for more than eleven (eight), which is left so.
 """
 
 from __future__ import annotations

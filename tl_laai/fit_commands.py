@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from tl_laai import display
+from tl_laai.fit_options import (
+    DEFAULT_EVALUATIONS,
+    DEFAULT_FOLDS,
+    DEFAULT_LEARNING_RATE,
+    DEFAULT_TEACHER_STEPS,
+    DEFAULT_TOLERANCE,
+    Objective,
+    Penalty,
+    Position,
+    Preset,
+    Solver,
+    asked_distillation,
+    asked_layer,
+    asked_penalty,
+    check_together,
+    preset_settings,
+)
 from tl_laai.options import (
     AnyBackend,
     AnyModel,
@@ -17,7 +34,6 @@ from tl_laai.options import (
     Test,
     Train,
     check_out,
-    layer_number,
     load,
     newlines,
 )
@@ -30,22 +46,8 @@ if TYPE_CHECKING:
     from tl_laai.batches import Fit
     from tl_laai.candidates import Candidate
     from tl_laai.distillation import Distillation
-    from tl_laai.penalties import SparseGroupLasso
     from tl_laai.prompts import PromptTemplate
     from tl_laai.tasks import Example
-
-# The same as in the library's rooms, whose import takes seconds; a test compares them.
-Position = Literal["prompt_end", "every_step"]
-Solver = Literal["proximal", "adam"]
-
-Penalty = Literal["auto", "none"]
-Objective = Literal["answers", "distill", "auto"]
-Preset = Literal["paper", "relaxed", "distill"]
-
-# Of a fit at a given layer and penalty.
-DEFAULT_EVALUATIONS, DEFAULT_TOLERANCE, DEFAULT_LEARNING_RATE = 150, 1e-3, 0.1
-# The same as in `distillation.Distillation`; a test compares them.
-DEFAULT_TEACHER_STEPS = 5
 
 
 def fit(
@@ -76,6 +78,10 @@ def fit(
     max_heads: Annotated[
         int | None,
         typer.Option(min=1, help="At most, of the layer that does best on all heads."),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(min=2, help=f"Of the cross-validation; {DEFAULT_FOLDS} unless given."),
     ] = None,
     objective: Annotated[
         Objective,
@@ -157,64 +163,34 @@ def fit(
                 f"--preset {preset} sets --objective, --position, --l1-ratio and --relax: leave "
                 "them out"
             )
-        objective, position, l1_ratio, relax = _settings(preset)
-    weights, alphas = _penalty(penalty, group, l1, alpha)
+        objective, position, l1_ratio, relax = preset_settings(preset)
+    weights, alphas = asked_penalty(penalty, group, l1, alpha)
     prompt = DEFAULT_TEMPLATE if template is None else PromptTemplate(newlines(template))
-    fixed = None if layer == "auto" else _layer(layer)
-    # Of a relaxed fit at a given layer and penalty, the steps are still to be chosen.
-    by_validation = fixed is None or alphas is None or objective == "auto" or preset == "relaxed"
-    by_validation = by_validation or max_heads is not None
+    fixed = None if layer == "auto" else asked_layer(layer)
     counts = {"made_up": made_up, "teachers": teachers, "shown": shown}
-    distillation = _distillation(
+    distillation = asked_distillation(
         objective, inputs, label_share, seed, teacher_steps=teacher_steps, **counts
     )
-    if max_heads is not None and (weights or solver == "adam" or penalty == "none"):
-        raise ValueError(
-            f"--max-heads {max_heads} chooses among --alpha penalties, with the proximal solver: "
-            "leave out --group, --l1, --penalty none and --solver adam"
-        )
-    if l1_ratio and (weights is not None or alphas == []):
-        given = f"--preset {preset}" if preset else f"--l1-ratio {l1_ratio}"
-        raise ValueError(
-            f"{given} sets the L1 penalty beside --alpha: leave out --group, --l1 and --penalty "
-            "none, or give --l1 instead of it"
-        )
-    if by_validation and (weights is not None or solver == "adam"):
-        causes = {
+    by_validation = check_together(
+        chosen_for={
             "--layer auto": fixed is None,
             "--objective auto": objective == "auto",
+            # Of a relaxed fit at a given layer and penalty, the steps are still to be chosen.
             "--preset relaxed": preset == "relaxed",
             "--penalty auto": alphas is None,
-        }
-        chosen = next(cause for cause, holds in causes.items() if holds)
-        remedy = {
-            "--layer auto": "give --layer a number",
-            "--objective auto": "give --objective answers or distill",
-            "--preset relaxed": "leave it out, and give --relax a number",
-            "--penalty auto": "give --penalty none, --group or --l1",
-        }[chosen]
-        raise ValueError(
-            f"{chosen} chooses among --alpha penalties, with the proximal solver: {remedy}"
-        )
-    if by_validation and tolerance != DEFAULT_TOLERANCE:
-        raise ValueError(
-            f"--tolerance {tolerance} is for a given --layer and penalty, without --max-heads: "
-            "fits that are chosen among are stopped by --max-evaluations"
-        )
-    uses_adam = solver == "adam" or bool(relax) or by_validation
-    if learning_rate != DEFAULT_LEARNING_RATE and not uses_adam:
-        raise ValueError(
-            f"--learning-rate {learning_rate} is for --solver adam and --relax: give one of them, "
-            "or leave it out"
-        )
+        },
+        weights=weights, alphas=alphas, solver=solver, preset=preset, l1_ratio=l1_ratio,
+        max_heads=max_heads, folds=folds, tolerance=tolerance, learning_rate=learning_rate,
+        relax=relax,
+    )  # fmt: skip
     loaded = load(model, backend)
     known = record(model, backend, data)
     if by_validation:
         fitted = _fit_auto(
             loaded, data.train, fixed, alphas, known, l1_ratio=l1_ratio, max_heads=max_heads,
             position=position, template=prompt, objective=objective, distillation=distillation,
-            relax=relax, max_evaluations=max_evaluations, learning_rate=learning_rate, seed=seed,
-            quiet=json,
+            relax=relax, max_evaluations=max_evaluations, learning_rate=learning_rate, folds=folds,
+            seed=seed, quiet=json,
         )  # fmt: skip
     else:
         share = alphas[0] if alphas else None
@@ -252,77 +228,6 @@ def fit(
         display.say(f"Saved to {out}. Next: laai {'evaluate' if data.test else 'show'} {out}")
 
 
-# ------------------------------------------------------------------------- what arguments mean
-
-
-def _penalty(
-    penalty: Penalty, group: float | None, l1: float | None, alpha: float | None
-) -> tuple[SparseGroupLasso | None, list[float] | None]:
-    """What is asked for: absolute weights, shares of lambda_max, or (None, None) to choose."""
-    from tl_laai.penalties import SparseGroupLasso
-
-    given = [
-        name
-        for name, value in (("--alpha", alpha), ("--group", group), ("--l1", l1))
-        if value is not None
-    ]
-    if "--alpha" in given and len(given) > 1:
-        raise ValueError("--alpha is a share of lambda_max, --group and --l1 are absolute: choose")
-    if penalty == "none":
-        if given:
-            raise ValueError(f"--penalty none and {given[0]} contradict each other: choose")
-        return None, []
-    if alpha is not None:
-        return None, [alpha]
-    return (SparseGroupLasso(l1=l1 or 0.0, group=group or 0.0), []) if given else (None, None)
-
-
-def _settings(preset: Preset) -> tuple[Objective, Position, float, int | None]:
-    """Objective, position, L1 ratio and `--relax` of a preset of `fit_auto`."""
-    from tl_laai.selection import PRESETS
-
-    chosen = PRESETS[preset]
-    objective: Objective = "auto" if len(chosen["objectives"]) > 1 else chosen["objectives"][0]
-    relax = 0 if chosen.get("relax_steps") == () else None
-    return objective, chosen["position"], chosen.get("l1_ratio", 0.0), relax
-
-
-def _distillation(
-    objective: Objective,
-    inputs: Path | None,
-    label_share: float,
-    seed: int,
-    **counts: int | None,
-) -> Distillation | None:
-    """The settings of a distilled fit, or None where nothing is distilled."""
-    if objective == "answers":
-        given = {"inputs": inputs, "label_share": label_share or None, **counts}
-        for name, value in given.items():
-            if value is not None:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{option} is for distilling: give --objective distill or auto")
-        return None
-    from tl_laai.distillation import Distillation
-
-    if inputs is not None and counts["made_up"] is not None:
-        raise ValueError(f"--inputs {inputs} are given, so that --made-up has none to make up")
-    if counts["shown"] is not None and (counts["teachers"] or 1) < 2:
-        raise ValueError("--shown is for --teachers 2 or more: the first shows all examples")
-    try:
-        # Not splitlines: an input may hold other separators than newlines.
-        lines = None if inputs is None else inputs.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--inputs {inputs} is not in UTF-8: {error}") from error
-    texts = None if lines is None else tuple(line.strip() for line in lines if line.strip())
-    names = {"made_up": "n_inputs", "teachers": "n_teachers", "shown": "n_shown"}
-    chosen: dict[str, Any] = {names.get(k, k): n for k, n in counts.items() if n is not None}
-    return Distillation(inputs=texts, label_share=label_share, seed=seed, **chosen)
-
-
-def _layer(text: str) -> int:
-    return layer_number(text, option="--layer", allowed="a number from 0, or auto")
-
-
 def _fit_auto(
     model: Any,
     examples: Sequence[Example],
@@ -339,6 +244,7 @@ def _fit_auto(
     relax: int | None,
     max_evaluations: int | None,
     learning_rate: float,
+    folds: int | None,
     seed: int,
     quiet: bool,
 ) -> Fit:
@@ -359,6 +265,7 @@ def _fit_auto(
             relax_steps=steps,
             max_evaluations=max_evaluations,
             learning_rate=learning_rate,
+            n_folds=DEFAULT_FOLDS if folds is None else folds,
             seed=seed,
             position=position,
             template=template,

@@ -2,8 +2,8 @@
 
 torch multiplies float32 matrices with MKL, which on CPUs of other makers than Intel leaves their
 AVX-512 registers unused. oneDNN, which torch brings too, uses them (1.6 to 3 times MKL's speed on
-an AMD EPYC, for one row as for hundreds), and rounds a row's product alike however many rows there
-are.
+an AMD EPYC, for one row as for hundreds; about as fast, with AVX2 alone), and rounds a row's
+product alike however many rows there are, which MKL does on Intel's alone.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ def about_cpu() -> str:
 INTEL = "GenuineIntel" in about_cpu()
 """Whether this CPU is one of Intel's."""
 
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+"""The widest vectors that torch uses here, such as AVX512."""
+
 # Behind torch.compile's linear layers; torch has no public name for it on plain tensors.
 _onednn: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 USE_ONEDNN = (
     not INTEL
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and CAPABILITY in ("AVX512", "AVX2")
     and torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
     and _onednn is not None
 )
-"""Whether products go to oneDNN: where MKL would multiply on another maker's CPU with AVX-512."""
+"""Whether products go to oneDNN: where MKL would multiply on another maker's CPU."""
 
 
 # New in torch 2.8.
