@@ -157,7 +157,7 @@ def show(rows: list[Row], measure: str) -> None:
     groups = list(dict.fromkeys(row["group"] for row in rows))
     lines = []
     for method, own in found.items():
-        cells = [_interval(own.get(group, []), None, measure) for group in groups]
+        cells = [interval_of(own.get(group, []), None, measure) for group in groups]
         n_seeds = len({row["seed"] for these in own.values() for row in these})
         # Floors name letters alone, to rounding.
         outside = [row["outside"] for these in own.values() for row in these]
@@ -178,7 +178,8 @@ def show(rows: list[Row], measure: str) -> None:
     for ours in OURS if "fitted" in found else ():
         for other in (method for method in found if method != ours):
             cells = [
-                _interval(found[ours].get(g, []), found[other].get(g, []), measure) for g in groups
+                interval_of(found[ours].get(g, []), found[other].get(g, []), measure)
+                for g in groups
             ]
             lines.append([f"{ours} - {other}", *map(_signed, cells)])
     print(markdown(["difference", *groups], lines))
@@ -189,7 +190,7 @@ def _mean_over_groups(own: Mapping[str, Sequence[Row]], measure: str) -> str:
     return f"{np.mean(of_groups):.3f}"
 
 
-def _interval(ours: list[Row], theirs: list[Row] | None, measure: str) -> PairedDifference | None:
+def interval_of(ours: list[Row], theirs: list[Row] | None, measure: str) -> PairedDifference | None:
     """Of a mean, or of a difference over the seeds that both ran for.
 
     Questions of one battery are drawn together, and what one question got in several splits.

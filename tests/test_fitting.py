@@ -223,6 +223,13 @@ def test_fits_in_small_chunks_of_memory_are_the_same(model: Any) -> None:
         torch.testing.assert_close(delta_of(one), delta_of(other), rtol=1e-7, atol=1e-9)
 
 
+def test_weights_are_one_an_example(model: Any) -> None:
+    for weights in ([], [1.0]):
+        problem = FitProblem(EXAMPLES, 1, alpha=0.5, weights=weights)
+        with pytest.raises(ValueError, match="weights must hold one number a row"):
+            fit_many(model, [problem], max_evaluations=1)
+
+
 # --------------------------------------------------------------------- what an intervention knows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import oracle
+import pytest
 
 from tl_laai.backends import backend_of
 from tl_laai.memory import memory_estimate
@@ -21,3 +22,6 @@ def test_memory_estimate_grows_with_the_problems_and_falls_with_the_limit() -> N
 
     assert 0 < estimate(1) < estimate(8)
     assert estimate(8, max_memory=1e-6) < estimate(8)
+    for senseless in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"max_memory is {senseless}; give a finite number"):
+            estimate(1, max_memory=senseless)

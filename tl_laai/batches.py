@@ -141,7 +141,7 @@ class FitBatch:
             model,
             [problem.examples for problem in problems],
             layers=[problem.layer for problem in problems],
-            weights=[p.weights or [1.0] * len(p.examples) for p in problems],
+            weights=[[1.0] * len(p.examples) if p.weights is None else p.weights for p in problems],
             position=position,
             template=template,
             max_memory=max_memory,

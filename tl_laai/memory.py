@@ -9,7 +9,18 @@ import torch
 from tl_laai.attention import room_for_keys
 from tl_laai.backends import Backend
 from tl_laai.prompts import TokenisedExample
+from tl_laai.solvers import check_positive
 from tl_laai.vocabulary import bytes_of_a_pass
+
+
+def bytes_of(gib: float) -> int:
+    """Bytes of a bound on memory in GiB.
+
+    Raises:
+        ValueError: it is no finite number above zero.
+    """
+    check_positive("max_memory", gib)
+    return int(gib * 2**30)
 
 
 def bytes_per_token(backend: Backend, n_keys: int, lowest_layer: int) -> int:
@@ -51,4 +62,4 @@ def memory_estimate(
     n_tokens = sum(max(1, len(examples[i].answer)) for own in rows for i in own)
     evaluation = n_tokens * bytes_per_token(backend, room + 1, min(layers))
     vocabulary = bytes_of_a_pass(backend.unembedding().weight, n_tokens)
-    return kept + min(evaluation, int(max_memory * 2**30)) + vocabulary
+    return kept + min(evaluation, bytes_of(max_memory)) + vocabulary
