@@ -62,13 +62,12 @@ def opinion_task(group: str) -> Any:
 
 def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
     """Rows of one part of the table on one split."""
-    from tl_laai.baselines import METHODS, tune
+    from tl_laai.baselines import METHODS
     from tl_laai.controls import permuted_heads, random_direction, shuffled_shares
     from tl_laai.edits import Edit
+    from tl_laai.opinion_baselines import tune_on_opinions
     from tl_laai.opinion_teachers import taught_questions
-    from tl_laai.prompts import PromptTemplate
     from tl_laai.surveys import evaluate_opinions, mean_floor, uniform_floor
-    from tl_laai.tasks import Example
 
     split = task.split(train=round(TRAIN_SHARE * len(task.distinct)), seed=seed)
     asked = partial(task.examples, n_orders=N_ORDERS, seed=seed)
@@ -96,11 +95,8 @@ def compute_one(model: Any, task: Any, seed: int, part: str) -> list[Row]:
     elif part == SHOWN_ALL:
         edits = {}
     else:
-        # Baselines learn from right answers: a question's most frequent option.
-        shown = task.examples(split.train[:N_SHOWN], n_orders=1, seed=seed)
-        right = [Example(e.prompt, e.names[int(np.argmax(e.distribution))].strip()) for e in shown]
-        bare = PromptTemplate(text="{input}", answer_end="")
-        edits = {part: tune(model, right, METHODS[part], seed=seed, template=bare).edit}
+        tuned = tune_on_opinions(model, split.train[:N_SHOWN], METHODS[part], seed=seed)
+        edits = {part: tuned.edit}
     evaluated = partial(evaluate_opinions, model, split.test, n_orders=N_ORDERS, seed=seed)
     found |= evaluated(edits) if edits else {}
     if part in ("fits", SHOWN_ALL):

@@ -95,6 +95,7 @@ LEVELS = {
     "sweep_units": 10,
     "comparisons": 11,
     "demo": 11,
+    "opinion_baselines": 11,
     "selection": 11,
     "sweeps": 11,
     "analyses": 12,

@@ -70,6 +70,12 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
     both = saved + Intervention.from_pretrained("letters")
     both.save_pretrained("both")  # fitted on the same questions, if not for the same loss
     assert json.loads(done("evaluate", "both", "--json").stdout)["results"].keys() == results.keys()
+    other = (*options[:-1], 4, "--baseline", "task-vector", "--json")
+    beside = json.loads(done("opinions", *arguments, *other).stdout)["results"]
+    assert list(beside) == [*results, "task-vector"]
+    assert beside["task-vector"] != beside["zero_shot"]
+    message = refused(laai("opinions", *arguments, *options, "--baseline", "task-vector"), 2)
+    assert "the 2 questions that few-shot prompts show, and needs four" in message
     table = done("opinions", *arguments, *options, "--alpha", 0.5, "--shots", 0).stdout
     assert "all: 4 held-out questions" in table
     assert max(map(len, table.splitlines())) <= 80

@@ -22,7 +22,7 @@ from tl_laai.options import (
 from tl_laai.recipes import agreed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from tl_laai.interventions import Intervention
     from tl_laai.opinions import OpinionQuestion
@@ -57,6 +57,10 @@ def opinions(
         Literal["answers", "distill"],
         typer.Option(help="answers: the group's shares; distill: the model's own after --shots."),
     ] = "answers",
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="A method of laai baselines to stand beside it; may be repeated."),
+    ] = None,
     max_evaluations: Annotated[
         int | None,
         typer.Option(min=1, help="With a number as --layer: at most; 90, letters alone 45."),
@@ -74,6 +78,10 @@ def opinions(
     Floors are saying each option equally often, and repeating the fitted
     questions' mean by position. Few-shot prompts show the fitted questions,
     each answered with the letter of its most frequent option.
+
+    With --baseline other interventions stand beside it, each tuned on what
+    few-shot prompts show: laai opinions --group Democrat --model gemma-3-270m
+    --layer 9 --shots 8 --baseline task-vector
 
     With --objective distill the few-shot prompt's answers to the fitted
     questions are learnt; of the group it sees the favourites alone of those
@@ -94,6 +102,7 @@ def opinions(
         raise ValueError(
             "--objective distill learns from few-shot prompts: show two questions or more (--shots)"
         )
+    methods = _methods(baseline or [], n_train if shots is None else shots)
     fixed = (
         None
         if layer == "auto"
@@ -165,6 +174,7 @@ def opinions(
             shots=shots,
             template=DEFAULT_OPINION_TEMPLATE,
         )
+    results |= _tuned(loaded, poll, methods)
     distilled = objective == "distill"
     if json:
         kept = fitted.intervention.provenance
@@ -226,6 +236,41 @@ def _taught(model: Any, poll: PollData) -> tuple[OpinionQuestion, ...]:
             template=poll.template,
             progress=progress,
         )
+
+
+def _methods(names: Sequence[str], n_shown: int) -> tuple[str, ...]:
+    """Names of baselines, each once; refused where there is no such method."""
+    if not names:
+        return ()
+    from tl_laai.baselines import METHODS
+
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--baseline {name}: on opinions there are {', '.join(METHODS)}")
+    if n_shown < 4:
+        raise ValueError(
+            f"--baseline {names[0]} is tuned on the {n_shown} questions that few-shot prompts "
+            "show, and needs four: raise --shots or --train"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def _tuned(model: Any, poll: PollData, names: Sequence[str]) -> dict[str, OpinionEvaluation]:
+    """The held-out questions under each baseline, tuned on what few-shot prompts show."""
+    if not names:
+        return {}
+    from tl_laai.baselines import METHODS
+    from tl_laai.opinion_baselines import tune_on_opinions
+    from tl_laai.surveys import evaluate_opinions
+
+    shown = poll.split.train[: poll.shots]
+    settings: dict[str, Any] = {"seed": poll.seed, "template": poll.template}
+    edits = {}
+    for name in names:
+        with display.row_bar(f"Tuning {name}") as progress:
+            tuned = tune_on_opinions(model, shown, METHODS[name], progress=progress, **settings)
+        edits[name] = tuned.edit
+    return evaluate_opinions(model, poll.split.test, edits, n_orders=poll.n_orders, **settings)
 
 
 def _check_few_shot(model: Any, poll: PollData) -> None:
