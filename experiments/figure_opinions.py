@@ -38,7 +38,7 @@ def picture(rows: Sequence[Row]) -> Figure:
     for i, (other, label) in enumerate(OTHERS.items()):
         them = found[other]
         own = [interval_of(found["fitted"][g], them[g], "kl") for g in groups]
-        middle, low, high = np.array([(d.difference, d.low, d.high) for d in own if d]).T
+        middle, low, high = np.array([(d.difference, d.low, d.high) for d in own]).T
         ax.errorbar(
             np.arange(len(groups)) + 0.12 * (i - (len(OTHERS) - 1) / 2),
             middle,

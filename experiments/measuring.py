@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tl_laai.products import about_cpu
+from tl_laai.products import CAPABILITY, about_cpu
 
 Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
@@ -37,7 +37,7 @@ def hardware(device: str) -> str:
     make = next((make for name, make in MAKES.items() if name in about), platform.machine())
     # Generations of one make differ by a factor of two, and so do their widths of vectors.
     family = re.search(r"^cpu family\s*: (\d+)", about, re.MULTILINE)
-    narrow = " without AVX-512" if "avx2" in about and "avx512f" not in about else ""
+    narrow = " without AVX-512" if CAPABILITY == "AVX2" else ""
     return (f"{make} family {family[1]}" if family else make) + narrow
 
 

@@ -74,7 +74,7 @@ def wider_heads(model: Any, data: Any, seed: int) -> list[Row]:
         steps: tune(model, data.train, LearntHeads((n // 6, n // 2, n), steps=steps), seed=seed)
         for steps in (20, 40, 60)
     }
-    steps = max(tuned, key=lambda n: max(t.validation_probability for t in tuned[n].table))
+    steps = max(tuned, key=lambda k: max(t.validation_probability for t in tuned[k].table))
     chosen = tuned[steps]
     score = evaluate_edits(model, data.test, {"it": chosen.edit})["it"]
     return [answer_row("learnt-heads, wider", score, f"{chosen.setting}, {steps} steps")]

@@ -207,6 +207,7 @@ def _made_up(provenance: Any, test: Any) -> int:
 
 
 def of_fit(fitted: Any) -> Row:
+    """What a row says of a fit: status, heads, layer and norm."""
     return {
         "status": fitted.solution.status.value,
         "n_heads": zeros(fitted)["n_heads"],

@@ -67,10 +67,13 @@ OTHERS = (
     "mean-difference, begins right",
     "inference-time-intervention, begins right",
     "learnt-heads",
+    "learnt-heads, wider",
     "learnt-heads, taught",
     "lora",
+    "lora, wider",
     "lora, taught",
     "ia3",
+    "ia3, wider",
     "ia3, taught",
     "unregularised",
     "unregularised, taught layer",
@@ -133,6 +136,8 @@ def show(rows: list[Row]) -> None:
         ("distilled, half", "n_heads", 0),
         ("best by validation", "setting", 0),
         ("learnt-heads", "setting", 0),
+        ("learnt-heads, wider", "setting", 0),
+        ("learnt-heads, wider", "setting", 2),
         ("learnt-heads, taught", "setting", 0),
         ("function-vector", "setting", 1),
         ("inference-time-intervention", "setting", 0),
@@ -143,7 +148,9 @@ def show(rows: list[Row]) -> None:
         values = Counter(str(row[column]).split(", ")[part] for row in rows_of)
         if values:
             print(f"{method}: {dict(values)}")
-    for method in ("lora", "ia3", "lora, taught", "ia3, taught"):
+    for method in (
+        f"{name}{kind}" for kind in ("", ", wider", ", taught") for name in ("lora", "ia3")
+    ):
         # Learning rates and steps apart: either may be at the edge of what was offered.
         settings = [row["setting"] for own in found.get(method, {}).values() for row in own]
         parts = [Counter(setting.split(", ")[i] for setting in settings) for i in (0, 1)]

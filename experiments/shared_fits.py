@@ -17,6 +17,9 @@ STEPS, N_FOLDS, ALPHA, CHOOSING_EVALUATIONS = (15, 30, 60), 2, 0.9, 15
 HALF_ALPHAS = (0.9, 0.7, 0.6, 0.5)
 TAUGHT_STEPS, LABEL_SHARE, TEACHER_STEPS = 45, 0.5, 5
 
+# How `described` tells of a relaxed fit.
+RELAXED = r"layer (\d+), ([\d.]+) lambda_max, (\d+) steps"
+
 
 def layers_of(model: Any) -> list[int]:
     """The layers after a sixth, a third and half of the model: 3, 6 and 9 of 18."""
@@ -102,26 +105,36 @@ def finetuning(
     return rows
 
 
-def setting_of(name: str, method: str, task: str, seed: int, model: str = MODEL) -> str:
+def setting_of(
+    name: str, method: str, task: str, seed: int, model: str = MODEL, dtype: str = "float32"
+) -> str:
     """What a method chose, in words, from its row in a table."""
-    unit = (method, task, seed, model)
-    keys = ("method", "task", "seed", "model")
-    rows = [r for r in read_rows(FIGURES / f"{name}.jsonl") if tuple(r[k] for k in keys) == unit]
+    unit = {"method": method, "task": task, "seed": seed, "model": model, "dtype": dtype}
+    rows = [
+        row
+        for row in read_rows(FIGURES / f"{name}.jsonl")
+        if all({"dtype": "float32", **row}[key] == value for key, value in unit.items())
+    ]
     if not rows:
         raise ValueError(f"{name}.jsonl has no row of {unit}: run the group that writes it first")
     return str(rows[-1]["setting"])
 
 
-def layer_of(name: str, method: str, task: str, seed: int, model: str = MODEL) -> int:
+def layer_of(name: str, method: str, task: str, seed: int, **of: str) -> int:
     """The layer that it chose."""
-    return int(_numbers(r"layer (\d+)", setting_of(name, method, task, seed, model))[0])
+    return layer_in(setting_of(name, method, task, seed, **of))
+
+
+def layer_in(setting: str) -> int:
+    """The layer that a setting's words tell."""
+    return int(_numbers(r"layer (\d+)", setting)[0])
 
 
 def labelled_again(model: Any, examples: Any, setting: str) -> Any:
     """A relaxed fit on labels, with what was chosen for it before."""
     from tl_laai import fit
 
-    layer, alpha, steps = _numbers(r"layer (\d+), ([\d.]+) lambda_max, (\d+) steps", setting)
+    layer, alpha, steps = _numbers(RELAXED, setting)
     options = {"relax_steps": int(steps), "max_evaluations": CHOOSING_EVALUATIONS}
     return fit(model, examples, layer=int(layer), alpha=alpha, **options)
 
@@ -159,13 +172,11 @@ def distilled_controls(model: Any, data: Any, layer: int, seed: int) -> dict[str
     }
 
 
-def control_rows(
-    name: str, task: str, model: Any, data: Any, seed: int, of: str = MODEL
-) -> list[Row]:
-    """Controls of the distilled fit whose row stands in a table."""
+def control_rows(name: str, task: str, model: Any, data: Any, seed: int, **of: str) -> list[Row]:
+    """Controls of the distilled fit whose row stands in a table; `of` a model and dtype."""
     from tl_laai.evaluation import evaluate_edits
 
-    layer = layer_of(name, TAUGHT, task, seed, of)
+    layer = layer_of(name, TAUGHT, task, seed, **of)
     edits = distilled_controls(model, data, layer, seed)
     del edits[TAUGHT]
     scores = evaluate_edits(model, data.test, edits)

@@ -145,7 +145,7 @@ def show(rows: list[Row]) -> None:
                 method,
                 *(percent(own[name]) if name in own else "-" for name in names),
                 percent(everything),
-                average([row["n_heads"] for row in everything]),
+                average([row["n_heads"] for row in everything if "n_heads" in row]),
                 average([100 * row["zeros"] for row in everything if "zeros" in row]),
             ]
         )

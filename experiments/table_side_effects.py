@@ -18,7 +18,7 @@ from typing import Any
 
 from common import FIGURES, RULES, parser, tasks
 from rules_shown import N_TEST, N_TRAIN
-from shared_fits import distilled_controls, labelled_again, layer_of
+from shared_fits import distilled_controls, labelled_again, layer_in
 from tables import (
     MODEL,
     MORE,
@@ -107,8 +107,7 @@ def _edits(model: Any, data: Any, settings: dict[str, str]) -> dict[str, Any]:
         name: as_edit(model, labelled_again(model, data.train, settings[name]).intervention)
         for name in LABELLED
     }
-    layer = layer_of("table_rules", TAUGHT, data.task.name, SEED)
-    edits |= distilled_controls(model, data, layer, SEED)
+    edits |= distilled_controls(model, data, layer_in(settings[TAUGHT]), SEED)
     for name, method in METHODS.items():
         found = re.findall(r"(\w+) ([\d.e-]+)", settings[name].replace("n heads", "n_heads"))
         numbers = {("learning_rate" if k == "rate" else k): float(v) for k, v in found}

@@ -74,7 +74,11 @@ def distilled(name: str, model: Any, data: Any, seed: int) -> list[Row]:
 
 def controls(name: str, model: Any, data: Any, seed: int) -> list[Row]:
     """Controls of that one."""
-    return control_rows(NAME, data.task.name, model, data, seed, name)
+    from tl_laai import fingerprint
+
+    return control_rows(
+        NAME, data.task.name, model, data, seed, model=name, dtype=fingerprint(model).dtype
+    )
 
 
 GROUPS: dict[str, Callable[[str, Any, Any, int], list[Row]]] = {

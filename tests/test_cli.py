@@ -473,6 +473,10 @@ def test_the_demo_fits_compares_shows_and_saves(
         ({"learning-rate": "inf", "model": "no-such-model"}, "--learning-rate is inf"),
         ({"learning-rate": 0.5}, "--learning-rate 0.5 is for --solver adam and --relax"),
         ({"folds": 3}, "--folds 3 is for what is chosen by cross-validation, and nothing is"),
+        (
+            {"folds": 3, "objective": "distill", "label-share": 0.5, "layer": "auto"},
+            "--folds 3 is for fits on labels and for the share of labels, and both are given",
+        ),
         ({"template": "x" * 200 + "{input}"}, "more than the model's context of 128"),
     ],
 )

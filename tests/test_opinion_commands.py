@@ -74,6 +74,8 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
     beside = json.loads(done("opinions", *arguments, *other).stdout)["results"]
     assert list(beside) == [*results, "task-vector"]
     assert beside["task-vector"] != beside["zero_shot"]
+    table = done("opinions", *arguments, *other[:-1]).stdout
+    assert "\ntask-vector: layer " in table
     message = refused(laai("opinions", *arguments, *options, "--baseline", "task-vector"), 2)
     assert "the 2 questions that few-shot prompts show, and needs four" in message
     table = done("opinions", *arguments, *options, "--alpha", 0.5, "--shots", 0).stdout
@@ -145,6 +147,7 @@ def test_more_questions_than_a_prompt_can_show_are_refused_before_the_fit(poll: 
             ("--group", "65+", "--layer", 1, "--alpha", 0.5, "--learning-rate", 0.1),
             "--learning-rate is adam's, and --alpha is solved by proximal gradient",
         ),
+        (("--group", "65+", "--baseline", "lora"), "--baseline lora: on opinions there are"),
         (("--group", "65+", "--layer", "x"), "--layer holds 'x'; give a number from 0, or auto"),
     ],
 )

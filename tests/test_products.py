@@ -141,4 +141,8 @@ def test_weights_with_gaps_in_memory_are_left_to_torch(
 
 
 def test_intels_cpus_keep_mkl_whose_rounding_is_asked_for() -> None:
-    assert not (products.USE_ONEDNN and products.INTEL)
+    assert not products.takes_onednn(intel=True, capability="AVX512")
+    assert products.takes_onednn(intel=False, capability="AVX512")
+    assert products.takes_onednn(intel=False, capability="AVX2")
+    assert not products.takes_onednn(intel=False, capability="DEFAULT")
+    assert products.takes_onednn(products.INTEL, products.CAPABILITY) == products.USE_ONEDNN

@@ -8,7 +8,7 @@ import pytest
 
 from tl_laai import rounds
 from tl_laai.candidates import Trial
-from tl_laai.rounds import Rounds
+from tl_laai.rounds import Rounds, mixed_folds
 
 ASKED = Rounds(tuple(range(18)), 18, None, None, ("answers", "distill"), None, 0.0)
 
@@ -73,3 +73,9 @@ def test_steps_are_ascending() -> None:
     assert ASKED.taught_steps == rounds.DISTILLED_STEPS
     own = replace(ASKED, relax_steps=(30, 5))
     assert own.steps == own.taught_steps == (5, 30)
+
+
+def test_shares_of_labels_are_compared_on_half_of_the_folds() -> None:
+    for n_folds, n_mixed in ((2, 2), (3, 2), (4, 2), (5, 2), (10, 5)):
+        folds = [[i] for i in range(n_folds)]
+        assert mixed_folds(folds) == folds[:n_mixed]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tl_laai.rows import read_rows
+from tl_laai.rows import read_rows, write_rows
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -106,3 +106,45 @@ def test_what_has_rows_is_not_computed_again(
     assert [(one["seed"], one["method"]) for one in rows] == [
         (seed, method) for seed in (0, 1, 2) for method in ("a", "b")
     ]
+
+
+def test_a_setting_is_that_of_the_same_model_and_dtype(
+    room: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = room("shared_fits")
+    monkeypatch.setattr(shared, "FIGURES", tmp_path)
+    score = {"exact_match": 0.5, "n": 2, "log_probability": -1.0}
+    rows = [
+        row("t", 0, [1, 0], kind="baseline", model=model, setting=setting, **score, **more)
+        for model, setting, more in (
+            ("m", "answers, layer 3, 0.5 lambda_max, 30 steps", {}),
+            ("m", "answers, layer 9", {"dtype": "bfloat16"}),
+            ("n", "answers, layer 5", {}),
+        )
+    ]
+    write_rows(tmp_path / "it.jsonl", rows)
+    of = {"model": "m"}
+    assert shared.layer_of("it", "it", "t", 0, **of) == 3
+    assert shared.layer_of("it", "it", "t", 0, **of, dtype="bfloat16") == 9
+    assert shared.layer_of("it", "it", "t", 0, model="n") == 5
+    with pytest.raises(ValueError, match="run the group that writes it first"):
+        shared.layer_of("it", "it", "t", 1, **of)
+    assert shared._numbers(shared.RELAXED, rows[0]["setting"]) == [3, 0.5, 30]
+    with pytest.raises(ValueError, match="no setting that can be made again: 'answers, layer 9'"):
+        shared._numbers(shared.RELAXED, rows[1]["setting"])
+
+
+@pytest.mark.parametrize("table", ["table_regularisation", "table_sizes"])
+def test_controls_have_rows_of_their_own(
+    room: Any, table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted = {"n_heads": 4, "zeros": 0.0, "model": "m", "dtype": "float32"}
+    rows = [row("t", 0, [1, 0], **fitted)]
+    rows += [
+        row("t", 0, [0, 0], model="m", dtype="float32") | {"method": name}
+        for name in room("tables").CONTROLS
+    ]
+    room(table).show(rows)
+    shown = capsys.readouterr().out
+    for name in room("tables").CONTROLS:
+        assert f"| {name} | 0 (0 to 0)" in shown

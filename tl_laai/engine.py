@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_laai.attention import room_for_keys
 from tl_laai.backends import own_modes
 from tl_laai.hooking import Position
-from tl_laai.memory import bytes_of, bytes_per_token
+from tl_laai.memory import bytes_of_gib, bytes_per_token
 from tl_laai.objectives import AnswerCrossEntropy, Objective
 from tl_laai.packing import FrozenPrompts, Packing, last_residual, run
 from tl_laai.recording import Recorded, pool_of
@@ -75,7 +75,7 @@ class Engine:
         self.pool = pool_of(backend.model)
         n_keys = room_for_keys(int(prompts.prefix_lengths.max())) + 1
         per_token = bytes_per_token(backend, n_keys, min(self.layers))
-        self.max_tokens = max(1, bytes_of(max_memory) // per_token)
+        self.max_tokens = max(1, bytes_of_gib(max_memory) // per_token)
 
     def _chunks(self, problems: Sequence[int]) -> list[list[tuple[int, range]]]:
         """Cut the rows of the problems, sorted by layer, into chunks of bounded size.

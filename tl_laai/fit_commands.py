@@ -22,7 +22,7 @@ from tl_laai.fit_options import (
     asked_distillation,
     asked_layer,
     asked_penalty,
-    check_together,
+    chosen_by_validation,
     preset_settings,
 )
 from tl_laai.options import (
@@ -81,7 +81,9 @@ def fit(
     ] = None,
     folds: Annotated[
         int | None,
-        typer.Option(min=2, help=f"Of the cross-validation; {DEFAULT_FOLDS} unless given."),
+        typer.Option(
+            min=2, help=f"Of the cross-validation of labelled fits; {DEFAULT_FOLDS} unless given."
+        ),
     ] = None,
     objective: Annotated[
         Objective,
@@ -171,17 +173,10 @@ def fit(
     distillation = asked_distillation(
         objective, inputs, label_share, seed, teacher_steps=teacher_steps, **counts
     )
-    by_validation = check_together(
-        chosen_for={
-            "--layer auto": fixed is None,
-            "--objective auto": objective == "auto",
-            # Of a relaxed fit at a given layer and penalty, the steps are still to be chosen.
-            "--preset relaxed": preset == "relaxed",
-            "--penalty auto": alphas is None,
-        },
-        weights=weights, alphas=alphas, solver=solver, preset=preset, l1_ratio=l1_ratio,
-        max_heads=max_heads, folds=folds, tolerance=tolerance, learning_rate=learning_rate,
-        relax=relax,
+    by_validation = chosen_by_validation(
+        layer=fixed, weights=weights, alphas=alphas, objective=objective, label_share=label_share,
+        solver=solver, preset=preset, l1_ratio=l1_ratio, max_heads=max_heads, folds=folds,
+        tolerance=tolerance, learning_rate=learning_rate, relax=relax,
     )  # fmt: skip
     loaded = load(model, backend)
     known = record(model, backend, data)

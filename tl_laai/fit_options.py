@@ -98,11 +98,13 @@ def asked_layer(text: str) -> int:
     return layer_number(text, option="--layer", allowed="a number from 0, or auto")
 
 
-def check_together(
+def chosen_by_validation(
     *,
-    chosen_for: dict[str, bool],
+    layer: int | None,
     weights: SparseGroupLasso | None,
     alphas: list[float] | None,
+    objective: Objective,
+    label_share: float,
     solver: Solver,
     preset: Preset | None,
     l1_ratio: float,
@@ -112,25 +114,35 @@ def check_together(
     learning_rate: float,
     relax: int | None,
 ) -> bool:
-    """Whether anything is chosen by cross-validation.
+    """Whether anything is to be chosen by cross-validation.
 
     Args:
-        chosen_for: option that asks for a choice -> whether it does.
+        layer: None where it is to be chosen.
         weights: as `asked_penalty` gives them.
         alphas: likewise.
-        solver: as asked for, and so are all others.
-        preset: or None.
+        objective: as asked for, or as the preset has it.
+        label_share: of a distilled fit; 0 where it is to be chosen.
+        solver: as asked for.
+        preset: None for none.
         l1_ratio: L1 weight by group weight.
-        max_heads: or None.
-        folds: or None.
+        max_heads: None for no limit.
+        folds: None where it was not asked for.
         tolerance: of stationarity.
         learning_rate: of Adam.
-        relax: steps of the second fit.
+        relax: steps of the second fit; None where it was not asked for.
 
     Raises:
         ValueError: two options contradict each other, or one would be without effect.
     """
-    by_validation = any(chosen_for.values()) or max_heads is not None
+    causes = {
+        "--layer auto": (layer is None, "give --layer a number"),
+        "--objective auto": (objective == "auto", "give --objective answers or distill"),
+        # Of a relaxed fit at a given layer and penalty, the steps are still to be chosen.
+        "--preset relaxed": (preset == "relaxed", "leave it out, and give --relax a number"),
+        "--penalty auto": (alphas is None, "give --penalty none, --group or --l1"),
+    }
+    wanted = {cause: remedy for cause, (holds, remedy) in causes.items() if holds}
+    by_validation = bool(wanted) or max_heads is not None
     if max_heads is not None and (weights or solver == "adam" or alphas == []):
         raise ValueError(
             f"--max-heads {max_heads} chooses among --alpha penalties, with the proximal solver: "
@@ -143,9 +155,9 @@ def check_together(
             "none, or give --l1 instead of it"
         )
     if by_validation and (weights is not None or solver == "adam"):
-        cause = next(cause for cause, holds in chosen_for.items() if holds)
+        cause, remedy = next(iter(wanted.items()))
         raise ValueError(
-            f"{cause} chooses among --alpha penalties, with the proximal solver: {_REMEDIES[cause]}"
+            f"{cause} chooses among --alpha penalties, with the proximal solver: {remedy}"
         )
     if by_validation and tolerance != DEFAULT_TOLERANCE:
         raise ValueError(
@@ -157,18 +169,14 @@ def check_together(
             f"--folds {folds} is for what is chosen by cross-validation, and nothing is: leave it "
             "out, or leave out --layer or the penalty"
         )
+    if folds is not None and objective == "distill" and label_share:
+        raise ValueError(
+            f"--folds {folds} is for fits on labels and for the share of labels, and both are "
+            "given: leave it out, or --label-share"
+        )
     if learning_rate != DEFAULT_LEARNING_RATE and not (solver == "adam" or relax or by_validation):
         raise ValueError(
             f"--learning-rate {learning_rate} is for --solver adam and --relax: give one of them, "
             "or leave it out"
         )
     return by_validation
-
-
-# Of choices that no other solver or penalty can be part of.
-_REMEDIES = {
-    "--layer auto": "give --layer a number",
-    "--objective auto": "give --objective answers or distill",
-    "--preset relaxed": "leave it out, and give --relax a number",
-    "--penalty auto": "give --penalty none, --group or --l1",
-}

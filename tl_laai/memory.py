@@ -13,7 +13,7 @@ from tl_laai.solvers import check_positive
 from tl_laai.vocabulary import bytes_of_a_pass
 
 
-def bytes_of(gib: float) -> int:
+def bytes_of_gib(gib: float) -> int:
     """Bytes of a bound on memory in GiB.
 
     Raises:
@@ -62,4 +62,4 @@ def memory_estimate(
     n_tokens = sum(max(1, len(examples[i].answer)) for own in rows for i in own)
     evaluation = n_tokens * bytes_per_token(backend, room + 1, min(layers))
     vocabulary = bytes_of_a_pass(backend.unembedding().weight, n_tokens)
-    return kept + min(evaluation, bytes_of(max_memory)) + vocabulary
+    return kept + min(evaluation, bytes_of_gib(max_memory)) + vocabulary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,15 +43,18 @@ def tune_on_opinions(
         template: how questions become prompts.
         progress: as for `baselines.tune`.
 
+    Returns:
+        The edit, its setting and the whole validation table.
+
     Raises:
-        ValueError: as `baselines.tune`.
+        ValueError: as `baselines.tune`; a method that learns from what answers differ in, and a
+            fold of which all have the same letter.
     """
     asked = option_examples(questions, n_orders=1, seed=seed, template=template)
     right = [
-        Example(prompt.prompt, letter.removeprefix(template.answer_prefix))
-        for prompt in asked
-        for letter in [prompt.names[prompt.distribution.index(max(prompt.distribution))]]
+        Example(prompt.prompt, string.ascii_uppercase[prompt.order.index(question.favourite)])
+        for prompt, question in zip(asked, questions, strict=True)
     ]
     # A letter is the whole answer: nothing is to be learnt behind it.
-    bare = PromptTemplate("{input}", answer_prefix=template.answer_prefix, answer_end="")
+    bare = PromptTemplate("{input}", template.answer_prefix, template.separator, answer_end="")
     return tune(model, right, method, n_folds=n_folds, seed=seed, template=bare, progress=progress)

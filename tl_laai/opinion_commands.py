@@ -24,6 +24,7 @@ from tl_laai.recipes import agreed
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tl_laai.baselines import Tuned
     from tl_laai.interventions import Intervention
     from tl_laai.opinions import OpinionQuestion
     from tl_laai.surveys import OpinionEvaluation
@@ -59,7 +60,7 @@ def opinions(
     ] = "answers",
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="A method of laai baselines to stand beside it; may be repeated."),
+        typer.Option(help="Another intervention to stand beside it; may be repeated."),
     ] = None,
     max_evaluations: Annotated[
         int | None,
@@ -81,7 +82,8 @@ def opinions(
 
     With --baseline other interventions stand beside it, each tuned on what
     few-shot prompts show: laai opinions --group Democrat --model gemma-3-270m
-    --layer 9 --shots 8 --baseline task-vector
+    --layer 9 --shots 8 --baseline task-vector. There are those of laai
+    baselines, but for lora and ia3.
 
     With --objective distill the few-shot prompt's answers to the fitted
     questions are learnt; of the group it sees the favourites alone of those
@@ -128,11 +130,12 @@ def opinions(
     from tl_laai.fitting import fit_many
     from tl_laai.opinions import DEFAULT_OPINION_TEMPLATE
     from tl_laai.selection import fit_auto
-    from tl_laai.surveys import compare_opinions
+    from tl_laai.surveys import compare_opinions, evaluate_opinions
 
     poll = PollData(task, split, orders, seed, shots, DEFAULT_OPINION_TEMPLATE)
     _check_few_shot(loaded, poll)
     known = record_poll(model, backend, poll, outside_weight=outside_weight, objective=objective)
+    tuned = _tuned(loaded, poll, methods)
     learnt = split.train if objective == "answers" else _taught(loaded, poll)
     examples = task.examples(
         learnt,
@@ -174,16 +177,28 @@ def opinions(
             shots=shots,
             template=DEFAULT_OPINION_TEMPLATE,
         )
-    results |= _tuned(loaded, poll, methods)
+    if tuned:
+        results |= evaluate_opinions(
+            loaded,
+            split.test,
+            {name: one.edit for name, one in tuned.items()},
+            n_orders=orders,
+            seed=seed,
+            template=DEFAULT_OPINION_TEMPLATE,
+        )
     distilled = objective == "distill"
+    chosen = {name: str(one.setting) for name, one in tuned.items()}
     if json:
         kept = fitted.intervention.provenance
         shown = {name: kept[name] for name in ("solution", "penalty", "opinions", "split", "loss")}
         heads = display.head_norms(fitted.intervention)
         saved = {"out": None if out is None else str(out), "heads": heads}
-        _show(group, results, json, distilled, layer=fitted.layer, **saved, **shown)
+        more = {"baselines": chosen} if chosen else {}
+        _show(group, results, json, distilled, layer=fitted.layer, **saved, **shown, **more)
         return
     _show(group, results, json, distilled, layer=fitted.layer)
+    for name, setting in chosen.items():
+        display.say(f"{name}: {setting}")
     display.show_fit(fitted)
     if out is not None:
         display.say(f"Saved to {out}. Next: laai evaluate {out}")
@@ -255,22 +270,29 @@ def _methods(names: Sequence[str], n_shown: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _tuned(model: Any, poll: PollData, names: Sequence[str]) -> dict[str, OpinionEvaluation]:
-    """The held-out questions under each baseline, tuned on what few-shot prompts show."""
+def _tuned(model: Any, poll: PollData, names: Sequence[str]) -> dict[str, Tuned]:
+    """Each baseline tuned on what few-shot prompts show; left out where that does not allow it."""
+    tuned: dict[str, Tuned] = {}
     if not names:
-        return {}
+        return tuned
     from tl_laai.baselines import METHODS
     from tl_laai.opinion_baselines import tune_on_opinions
-    from tl_laai.surveys import evaluate_opinions
 
     shown = poll.split.train[: poll.shots]
-    settings: dict[str, Any] = {"seed": poll.seed, "template": poll.template}
-    edits = {}
     for name in names:
-        with display.row_bar(f"Tuning {name}") as progress:
-            tuned = tune_on_opinions(model, shown, METHODS[name], progress=progress, **settings)
-        edits[name] = tuned.edit
-    return evaluate_opinions(model, poll.split.test, edits, n_orders=poll.n_orders, **settings)
+        try:
+            with display.row_bar(f"Tuning {name}") as progress:
+                tuned[name] = tune_on_opinions(
+                    model,
+                    shown,
+                    METHODS[name],
+                    seed=poll.seed,
+                    template=poll.template,
+                    progress=progress,
+                )
+        except ValueError as error:
+            display.message(f"{name} is left out: {error}", style="yellow")
+    return tuned
 
 
 def _check_few_shot(model: Any, poll: PollData) -> None:

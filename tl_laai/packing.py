@@ -20,12 +20,12 @@ from torch import Tensor
 
 from tl_laai.attention import attend, room_for_steps, visible
 from tl_laai.backends import Backend, own_modes, rank_within
-from tl_laai.products import CAPABILITY, USE_ONEDNN, frozen_products
+from tl_laai.products import BLOCKS, CAPABILITY, USE_ONEDNN, frozen_products
 from tl_laai.prompts import TokenisedExample
 
 _NEVER = 1 << 30
 
-STEP_BLOCK = (4 if CAPABILITY == "AVX512" else 8) if USE_ONEDNN else 1
+STEP_BLOCK = BLOCKS[CAPABILITY] if USE_ONEDNN else 1
 """Suffixes are padded to multiples of it: what is left over of a block is rounded otherwise."""
 
 

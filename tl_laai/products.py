@@ -31,19 +31,23 @@ def about_cpu() -> str:
 INTEL = "GenuineIntel" in about_cpu()
 """Whether this CPU is one of Intel's."""
 
+BLOCKS = {"AVX512": 4, "AVX2": 8}
+"""Width of vectors -> rows that torch's batched products take at once on CPUs not Intel's."""
+
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 """The widest vectors that torch uses here, such as AVX512."""
 
 # Behind torch.compile's linear layers; torch has no public name for it on plain tensors.
 _onednn: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
-USE_ONEDNN = (
-    not INTEL
-    and CAPABILITY in ("AVX512", "AVX2")
-    and torch.backends.mkl.is_available()
-    and torch.backends.mkldnn.is_available()
-    and _onednn is not None
-)
+
+def takes_onednn(intel: bool, capability: str) -> bool:
+    """Whether oneDNN multiplies on such a CPU, where torch brings both libraries."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return not intel and capability in BLOCKS and both and _onednn is not None
+
+
+USE_ONEDNN = takes_onednn(INTEL, CAPABILITY)
 """Whether products go to oneDNN: where MKL would multiply on another maker's CPU."""
 
 

@@ -41,7 +41,14 @@ DISTILLED_ALPHAS = (0.0,)
 DISTILLED_STEPS = (30, 45, 60)
 # Layer and steps are chosen at the last of these shares of labels.
 DISTILLED_SHARES = (0.0, 0.5)
-DISTILLED_INPUTS, MIXED_FOLDS = 32, 2  # while choosing
+DISTILLED_INPUTS = 32  # while choosing
+
+Folds = Sequence[Sequence[int]]  # indices of the examples that are held out together
+
+
+def mixed_folds(folds: Folds) -> Folds:
+    """The folds on which shares of labels are compared: half of them, and two at least."""
+    return folds[: max(2, len(folds) // 2)]
 
 
 @dataclass(frozen=True)

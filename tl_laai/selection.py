@@ -36,12 +36,12 @@ from tl_laai.rounds import (
     CHOOSING_EVALUATIONS,
     DISTILLED_INPUTS,
     DROP_BELOW,
-    MIXED_FOLDS,
     PENALISED_EVALUATIONS,
     SCREENING_EVALUATIONS,
     SCREENING_FOLDS,
     Rounds,
     check_choice,
+    mixed_folds,
 )
 from tl_laai.splits import cross_validation_folds, integer
 from tl_laai.tasks import Example, check_examples, same_input_key
@@ -317,7 +317,7 @@ def _distilled(
         return rows
     steps = (best.relax_steps,) if tried.taught_steps else ()
     try:
-        return rows + search.score("mixed", shares, search.folds[:MIXED_FOLDS], steps)
+        return rows + search.score("mixed", shares, mixed_folds(search.folds), steps)
     except (NothingTaughtError, TooLongError) as error:
         _LOG.warning("label_share stays %g: %s", best.label_share, error)
         return rows

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from tl_laai.candidates import Trial
 from tl_laai.distillation import Distillation
-from tl_laai.rounds import MIXED_FOLDS, SCREENING_EVALUATIONS, Rounds
-
-Folds = Sequence[Sequence[int]]  # indices of the examples that are held out together
+from tl_laai.rounds import SCREENING_EVALUATIONS, Folds, Rounds, mixed_folds
 
 # A step of a teacher's fit, and making up an input, take about as long as so many evaluations:
 # measured on two cores, on ten examples of one word each.
@@ -110,7 +108,7 @@ class Work:
         work = self.of_fits(tried.screening(), halved, tried.brief, brief)
         work += self.of_fits(labelled, on_folds, tried.steps)
         if taught:
-            mixed, few = tried.mixed(taught[0]), folds[:MIXED_FOLDS]
+            mixed, few = tried.mixed(taught[0]), mixed_folds(folds)
             n_teachers = (len(folds) if labelled else 0) + 1 + (len(few) if mixed else 0)
             work += n_teachers * self.of_teacher + self.of_inputs
             work += self.of_fits(taught, at_once, tried.taught_steps)
