@@ -41,12 +41,36 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def draw(rows: Sequence[dict[str, Any]], name: str) -> None:
-    """Write a picture as PNG and SVG."""
+    """Draw a picture of rows that the package draws."""
     from tl_laai import figures
 
+    save_picture(figures.draw(rows), name)
+
+
+def save_picture(figure: Any, name: str) -> None:
+    """Write a picture as PNG and SVG."""
+    from tl_laai.canvas import save
+
     for ending in ("png", "svg"):
-        figures.save(figures.draw(rows), FIGURES / f"{name}.{ending}")
+        save(figure, FIGURES / f"{name}.{ending}")
         print(FIGURES / f"{name}.{ending}")
+
+
+def mark(
+    ax: Any,
+    i: int,
+    places: Sequence[float],
+    cells: Sequence[tuple[float, float, float]],
+    **more: Any,
+) -> None:
+    """Draw means with the ends of their intervals, in the i-th look."""
+    import numpy as np
+
+    from tl_laai.canvas import line_looks
+
+    middle, low, high = np.array(cells).T
+    looks = {"elinewidth": 0.7, **line_looks(i), **more}
+    ax.errorbar(places, middle, yerr=(middle - low, high - middle), **looks)
 
 
 def bar(what: str) -> tuple[Any, Callable[[int, int], None]]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from common import FIGURES
+from common import FIGURES, mark, save_picture
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tables import TAUGHT, Row, by_method, interval
 
-from tl_laai.canvas import WIDTH, dress, line_looks, new_figure, percent_axis, save, styled
+from tl_laai.canvas import WIDTH, dress, new_figure, percent_axis, styled
 from tl_laai.rows import read_rows
 
 METHODS = {
@@ -37,15 +37,9 @@ def picture(rows: Sequence[Row]) -> Figure:
         dress(ax)
         found = by_method([row for row in rows if row["task"] == name], "n_train")
         for i, (method, label) in enumerate(METHODS.items()):
-            middle, low, high = np.array([interval(found[method][str(n)]) for n in sizes]).T
-            ax.errorbar(
-                np.array(sizes) * 1.03 ** (i - len(METHODS) // 2),
-                middle,
-                yerr=(middle - low, high - middle),
-                elinewidth=0.5,
-                label=label if ax is panels[0] else None,
-                **line_looks(i),
-            )
+            places = np.array(sizes) * 1.03 ** (i - len(METHODS) // 2)
+            cells = [interval(found[method][str(n)]) for n in sizes]
+            mark(ax, i, places, cells, label=label if ax is panels[0] else None)
         ax.set_xscale("log")
         ax.set_xticks(sizes, labels=[str(n) for n in sizes])
         ax.xaxis.set_minor_locator(NullLocator())
@@ -58,10 +52,7 @@ def picture(rows: Sequence[Row]) -> Figure:
 
 
 def main() -> None:
-    figure = picture(read_rows(FIGURES / "table_examples.jsonl"))
-    for ending in ("png", "svg"):
-        save(figure, FIGURES / f"{NAME}.{ending}")
-        print(FIGURES / f"{NAME}.{ending}")
+    save_picture(picture(read_rows(FIGURES / "table_examples.jsonl")), NAME)
 
 
 if __name__ == "__main__":

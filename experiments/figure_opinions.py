@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from common import FIGURES
+from common import FIGURES, mark, save_picture
 from matplotlib.figure import Figure
 from table_opinions import SHOWN_ALL, interval_of
 from tables import Row, by_method
 
-from tl_laai.canvas import WIDTH, dress, line_looks, new_figure, save, styled
+from tl_laai.canvas import WIDTH, dress, new_figure, styled
 from tl_laai.rows import read_rows
 
 OTHERS = {
@@ -38,15 +38,9 @@ def picture(rows: Sequence[Row]) -> Figure:
     for i, (other, label) in enumerate(OTHERS.items()):
         them = found[other]
         own = [interval_of(found["fitted"][g], them[g], "kl") for g in groups]
-        middle, low, high = np.array([(d.difference, d.low, d.high) for d in own]).T
-        ax.errorbar(
-            np.arange(len(groups)) + 0.12 * (i - (len(OTHERS) - 1) / 2),
-            middle,
-            yerr=(middle - low, high - middle),
-            elinewidth=0.7,
-            label=label,
-            **(line_looks(i) | {"linestyle": "none", "markersize": 3.4}),
-        )
+        cells = [(d.difference, d.low, d.high) for d in own]
+        places = np.arange(len(groups)) + 0.12 * (i - (len(OTHERS) - 1) / 2)
+        mark(ax, i, places, cells, label=label, linestyle="none", markersize=3.4)
     ax.set_xticks(range(len(groups)), labels=groups)
     ax.set_ylabel("KL of the fit less that of ..., nats")
     figure.legend(loc="outside lower center", ncols=3, columnspacing=1.0)
@@ -54,10 +48,7 @@ def picture(rows: Sequence[Row]) -> Figure:
 
 
 def main() -> None:
-    figure = picture(read_rows(FIGURES / "table_opinions.jsonl"))
-    for ending in ("png", "svg"):
-        save(figure, FIGURES / f"{NAME}.{ending}")
-        print(FIGURES / f"{NAME}.{ending}")
+    save_picture(picture(read_rows(FIGURES / "table_opinions.jsonl")), NAME)
 
 
 if __name__ == "__main__":

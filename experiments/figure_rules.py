@@ -8,25 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from common import FIGURES
+from common import FIGURES, mark, save_picture
 from matplotlib.figure import Figure
-from tables import (
-    TAUGHT,
-    Row,
-    by_method,
-    interval,
-    of_all_tasks,
-)
+from tables import TAUGHT, Row, by_method, interval, of_all_tasks
 
-from tl_laai.canvas import (
-    WIDTH,
-    dress,
-    line_looks,
-    new_figure,
-    percent_axis,
-    save,
-    styled,
-)
+from tl_laai.canvas import WIDTH, dress, new_figure, percent_axis, styled
 from tl_laai.rows import read_rows
 
 METHODS = {
@@ -51,16 +37,8 @@ def picture(rows: Sequence[Row]) -> Figure:
         own = found[method]
         cells = [interval(own[name]) for name in names]
         cells.append(interval(of_all_tasks(own, names)))
-        middle, low, high = np.array(cells).T
-        looks = line_looks(i) | {"linestyle": "none", "markersize": 3.4}
-        ax.errorbar(
-            np.arange(len(cells)) + 0.12 * (i - (len(METHODS) - 1) / 2),
-            middle,
-            yerr=(middle - low, high - middle),
-            elinewidth=0.7,
-            label=label,
-            **looks,
-        )
+        places = np.arange(len(cells)) + 0.12 * (i - (len(METHODS) - 1) / 2)
+        mark(ax, i, places, cells, label=label, linestyle="none", markersize=3.4)
     ax.axvline(len(names) - 0.5, color="#8C8C8C", linewidth=0.6)
     ax.set_xticks(
         range(len(names) + 1), labels=[*(name.replace("-", "-\n") for name in names), "mean"]
@@ -72,10 +50,7 @@ def picture(rows: Sequence[Row]) -> Figure:
 
 
 def main() -> None:
-    figure = picture(read_rows(FIGURES / "table_rules.jsonl"))
-    for ending in ("png", "svg"):
-        save(figure, FIGURES / f"{NAME}.{ending}")
-        print(FIGURES / f"{NAME}.{ending}")
+    save_picture(picture(read_rows(FIGURES / "table_rules.jsonl")), NAME)
 
 
 if __name__ == "__main__":

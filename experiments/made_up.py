@@ -15,12 +15,7 @@ from typing import Any
 from common import FIGURES, RULES, parser, tasks
 from rules_shown import MADE_UP, N_TEST, N_TRAIN
 from shared_fits import distilling
-from tables import (
-    MODEL,
-    Row,
-    resume,
-    source,
-)
+from tables import MODEL, Row, resume, source
 
 from tl_laai.rows import read_rows
 

@@ -20,13 +20,7 @@ from typing import Any
 
 import numpy as np
 from common import FIGURES, ROOT, parser
-from tables import (
-    MORE,
-    Row,
-    by_method,
-    markdown,
-    resume,
-)
+from tables import MORE, Row, by_method, markdown, resume
 
 from tl_laai.bootstrap import PairedDifference, paired_bootstrap
 from tl_laai.rows import read_rows
