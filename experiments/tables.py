@@ -195,11 +195,14 @@ def seeds_of(rows: Sequence[Row]) -> str:
     whole = f"\n{which}; in brackets 95 % bootstrap intervals over fits, then their examples."
     kinds: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        kinds.setdefault((row["method"], row["model"]), []).append(row)
-    for (method, model), own in kinds.items():
+        kinds.setdefault((row["model"], row["method"]), []).append(row)
+    apart: dict[tuple[str, str], list[str]] = {}
+    for (model, method), own in kinds.items():
         if _seeds_of_all_tasks(own) != _seeds_of_all_tasks(rows):
-            seeds_run = sorted(_seeds_of_all_tasks(own))
-            whole += f" Of {method}, {model}: seeds {seeds_run} alone."
+            same_seeds = (model, str(sorted(_seeds_of_all_tasks(own))))
+            apart.setdefault(same_seeds, []).append(method)
+    for (model, own_seeds), methods in apart.items():
+        whole += f" Of {model}, {'; '.join(methods)}: seeds {own_seeds} alone."
     return whole
 
 
