@@ -246,7 +246,7 @@ def show_opinions(group: str, results: Mapping[str, OpinionEvaluation]) -> None:
 
     cells = []
     for name, result in results.items():
-        row = [labels.get(name, name)]
+        row = [labels.get(name, name.replace("-", " "))]  # so that it breaks between words
         for measure in ("kl", "total_variation", "wasserstein"):
             low, high = map(short, result.interval(measure))
             row.append(f"{result.mean(measure):.3f} [{low}, {high}]")
