@@ -42,9 +42,9 @@ def model(windowed: Any) -> Any:
 
 def search_on(model: Any, told: list[tuple[str, int, int]] | None = None) -> CrossValidation:
     return CrossValidation(
-        model, EXAMPLES, FOLDS, 0.0, EVALUATIONS, LEARNING_RATE, "prompt_end", DEFAULT_TEMPLATE,
-        1.0, None if told is None else lambda *state: told.append(state), TAUGHT, n_inputs=3,
-        drop_below=0.0,
+        model, EXAMPLES, FOLDS, 0.0, EVALUATIONS, 1e-3, LEARNING_RATE, "prompt_end",
+        DEFAULT_TEMPLATE, 1.0, None if told is None else lambda *state: told.append(state), TAUGHT,
+        n_inputs=3, drop_below=0.0,
     )  # fmt: skip
 
 
@@ -91,6 +91,21 @@ def test_scores_are_those_of_fits_made_fold_by_fold(
             )
             slow.append(held_out_scores(model, own.intervention.deltas, held_out))
         check(row, *map(list, zip(*slow, strict=True)))
+
+
+def test_penalised_fits_stop_at_the_tolerance_that_is_asked_for(model: Any) -> None:
+    [strict], [loose] = (
+        replace(search_on(model), tolerance=tolerance).score("final", [Trial(1, 0.8)], FOLDS, ())
+        for tolerance in (1e-3, 0.5)
+    )
+    assert strict.fold_losses != loose.fold_losses
+    slow = []
+    for held_out in FOLDS:
+        known = [e for i, e in enumerate(EXAMPLES) if i not in held_out]
+        options = {"alpha": 0.8, "tolerance": 0.5, "max_evaluations": EVALUATIONS}
+        own = fit(model, known, layer=1, **options)
+        slow.append(held_out_scores(model, own.intervention.deltas, held_out))
+    check(loose, *map(list, zip(*slow, strict=True)))
 
 
 def test_fits_that_fall_behind_are_left_and_change_nothing_of_the_others(model: Any) -> None:

@@ -48,6 +48,9 @@ def test_opinions_are_fitted_and_compared_with_floors_and_prompts(poll: Path) ->
     assert saved.layers == (1,)
     assert saved.provenance["opinions"]["group"] == "all"
     assert saved.provenance["loss"] == {"outside_weight": 1, "objective": "answers"}
+    assert saved.provenance["penalty"]["group"] == 0
+    by = saved.provenance["solver"]
+    assert by == {"solver": "proximal", "tolerance": 1e-6, "max_evaluations": 20}
     distilled = (*options, "--objective", "distill", "--out", "taught", "--json")
     told = json.loads(done("opinions", *arguments, *distilled).stdout)
     for name, apart in told["kl_from_few_shot"].items():
@@ -115,8 +118,26 @@ def test_a_saved_opinion_fit_is_evaluated_on_the_same_questions_again(
 
 def test_opinions_choose_a_layer_by_cross_validation_over_questions(poll: Path) -> None:
     arguments = ("--model", "model", "--file", "poll.jsonl", "--group", "all", "--shots", 0)
-    options = ("--alpha", 0.5, "--orders", 2, "--json")
-    assert json.loads(done("opinions", *arguments, *options).stdout)["layer"] in (0, 1, 2)
+    options = ("--orders", 2, "--max-evaluations", 5, "--out", "chosen", "--json")
+    told = json.loads(done("opinions", *arguments, *options).stdout)
+    provenance = Intervention.from_pretrained("chosen").provenance
+    tried = {(row["layer"], row["alpha"]) for row in provenance["selection"]["table"]}
+    assert tried == {(1, 0), (2, 0)}  # a third, a half and two thirds of three layers
+    assert told["layer"] in (1, 2)
+    assert provenance["solver"]["max_evaluations"] == 5
+    assert provenance["solver"]["tolerance"] == 1e-6
+    told = json.loads(done("opinions", *arguments, *options[:-3], "--alpha", 0.5, "--json").stdout)
+    assert told["penalty"]["group"] > 0
+
+
+def test_opinions_may_be_fitted_by_adam(poll: Path) -> None:
+    words = ("opinions", "--model", "model", "--file", "poll.jsonl", "--group", "all", "--shots", 0)
+    own = ("--max-evaluations", 5, "--learning-rate", 0.1, "--out", "by_adam")
+    done(*words, "--layer", 1, *own)
+    solver = Intervention.from_pretrained("by_adam").provenance["solver"]
+    assert (solver["solver"], solver["learning_rate"]) == ("adam", 0.1)
+    message = refused(laai(*words, *own), 2)
+    assert "--learning-rate does not go with --layer auto: give it a number" in message
 
 
 def test_more_questions_than_a_prompt_can_show_are_refused_before_the_fit(poll: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tl_laai import rounds
 from tl_laai.candidates import Trial
-from tl_laai.rounds import Rounds, mixed_folds
+from tl_laai.rounds import Rounds, mixed_folds, opinion_layers
 
 ASKED = Rounds(tuple(range(18)), 18, None, None, ("answers", "distill"), None, 0.0)
 
@@ -79,3 +79,8 @@ def test_shares_of_labels_are_compared_on_half_of_the_folds() -> None:
     for n_folds, n_mixed in ((2, 2), (3, 2), (4, 2), (5, 2), (10, 5)):
         folds = [[i] for i in range(n_folds)]
         assert mixed_folds(folds) == folds[:n_mixed]
+
+
+def test_opinion_fits_choose_among_a_third_a_half_and_two_thirds_of_the_model() -> None:
+    assert opinion_layers(18) == (6, 9, 12)
+    assert [opinion_layers(n) for n in (1, 2, 3)] == [(0,), (0, 1), (1, 2)]

@@ -86,6 +86,21 @@ def test_prompts_of_one_opinion_question_are_held_out_together(model: Any) -> No
         fit_auto(model, prompts, groups="ab", **options)
 
 
+def test_opinion_fits_are_long_and_without_a_penalty_unless_told_otherwise(model: Any) -> None:
+    prompts = [OptionExample(q, ("A", "B"), (0.3, 0.7), (), q) for q in "abcd"]
+    own = fit_auto(model, prompts, n_folds=2)
+    n_layers = model.cfg.n_layers
+    tried = [(row.layer, row.alpha, row.relax_steps) for row in own.table]
+    assert tried == [(layer, 0.0, 0) for layer in rounds.opinion_layers(n_layers)]
+    by = {"solver": "proximal", "tolerance": 1e-6, "max_evaluations": 60}
+    assert own.fit.intervention.provenance["solver"] == by
+    slow = fit(model, prompts, layer=own.layer, tolerance=1e-6, max_evaluations=60)
+    assert own.fit.solution.delta.equal(slow.solution.delta)
+    asked = {"layers": [0], "relax_steps": [1], "alphas": [0.5], "n_folds": 2}
+    [row] = fit_auto(model, prompts, **asked).table
+    assert (row.layer, row.alpha, row.relax_steps) == (0, 0.5, 1)
+
+
 STAGES = pytest.mark.parametrize("relax_steps", [(), (3, 5)], ids=["penalised", "relaxed"])
 
 

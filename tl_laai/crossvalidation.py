@@ -57,6 +57,7 @@ class CrossValidation:
         folds: indices of the examples that are held out together.
         l1_ratio: the l1 weight as a multiple of the group weight.
         max_evaluations: of a penalised fit.
+        tolerance: of its stationarity.
         learning_rate: of the relaxed fits.
         position: where Delta is added.
         template: how inputs become prompts.
@@ -73,6 +74,7 @@ class CrossValidation:
     folds: Sequence[Sequence[int]]
     l1_ratio: float
     max_evaluations: int
+    tolerance: float
     learning_rate: float
     position: Position
     template: PromptTemplate
@@ -246,12 +248,15 @@ class CrossValidation:
             return batch.relaxed(
                 steps=max(relax_steps),
                 at=relax_steps,
+                tolerance=self.tolerance,
                 max_evaluations=max_evaluations,
                 learning_rate=self.learning_rate,
                 follow=follow,
                 callback=callback,
             ).iterates
-        solutions = batch.solve(max_evaluations=max_evaluations, callback=callback)
+        solutions = batch.solve(
+            tolerance=self.tolerance, max_evaluations=max_evaluations, callback=callback
+        )
         return {0: torch.stack([solution.delta for solution in solutions])}
 
     def _held_out(
@@ -334,6 +339,7 @@ class CrossValidation:
             [problem],
             position=self.position,
             template=self.template,
+            tolerance=self.tolerance,
             max_evaluations=self.max_evaluations,
             learning_rate=self.learning_rate,
             relax_steps=chosen.relax_steps,

@@ -64,9 +64,11 @@ class Engine:
         self.n_counted = _counted_tokens(prompts, self.objective)
         _check_counted(prompts, rows, self.n_counted)
         self.layers = tuple(layers)
-        self.rows = tuple(torch.tensor(list(r), device=backend.device) for r in rows)
+        shared = weights or [[1.0] * len(own) for own in rows]
+        once = [_each_once(own, weight) for own, weight in zip(rows, shared, strict=True)]
+        self.rows = tuple(torch.tensor(list(own), device=backend.device) for own in once)
         wide = torch.float64 if backend.dtype == torch.float64 else torch.float32
-        shares = [torch.tensor(w, dtype=wide) for w in weights or [[1.0] * len(r) for r in rows]]
+        shares = [torch.tensor(list(own.values()), dtype=wide) for own in once]
         self.row_weights = tuple((share / share.sum()).to(backend.device) for share in shares)
         self.n_terms = tuple(min(MAX_TERMS, len(own)) for own in self.rows)
         self.unembedding = backend.unembedding()
@@ -215,6 +217,18 @@ def _check_problems(
                     f"weights[{i}] is {list(shares)[:5]}; give finite numbers of 0 or more, not "
                     "all 0."
                 )
+
+
+def _each_once(rows: Sequence[int], weights: Sequence[float]) -> dict[int, float]:
+    """The rows of a problem and their weights, a row that comes several times with their sum.
+
+    A question of two options comes twice among its four orders, and a line of the packing is as
+    wide as the most frequent prompt.
+    """
+    once: dict[int, float] = {}
+    for row, weight in zip(rows, weights, strict=True):
+        once[row] = once.get(row, 0.0) + weight
+    return once
 
 
 def _counted_tokens(prompts: FrozenPrompts, objective: Objective) -> Int[Tensor, " n_examples"]:

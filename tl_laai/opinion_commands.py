@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from tl_laai.opinions import OpinionQuestion
     from tl_laai.surveys import OpinionEvaluation
 
-OPINION_STEPS, OPINION_LEARNING_RATE = 90, 0.03  # half as many steps for letters alone
-
 
 def opinions(
     group: Annotated[str, typer.Option(help="Whose answers; a wrong one lists those there are.")],
@@ -38,12 +36,12 @@ def opinions(
     file: Annotated[
         Path | None, typer.Option(help="JSONL of question, options, group, distribution.")
     ] = None,
-    layer: Annotated[str, typer.Option(help="A number from 0; auto: cross-validated.")] = "auto",
+    layer: Annotated[
+        str, typer.Option(help="A number from 0; auto: of three, by cross-validation.")
+    ] = "auto",
     alpha: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="Group penalty / lambda_max; else auto chooses, a number has none."
-        ),
+        typer.Option(min=0, help="Group penalty / lambda_max; none unless given."),
     ] = None,
     train: Annotated[int | None, typer.Option(min=1, help="Questions to fit on; 3 of 5.")] = None,
     orders: Annotated[int, typer.Option(min=1, help="Orders of the options a question.")] = 4,
@@ -63,11 +61,11 @@ def opinions(
         typer.Option(help="Another intervention to stand beside it; may be repeated."),
     ] = None,
     max_evaluations: Annotated[
-        int | None,
-        typer.Option(min=1, help="With a number as --layer: at most; 90, letters alone 45."),
+        int | None, typer.Option(min=1, help="Of loss and gradient; 60.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="With a number as --layer, without --alpha: 0.03.")
+        float | None,
+        typer.Option(help="Fit by Adam, at a --layer given, without --alpha."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions and the orders.")] = 0,
     backend: AnyBackend = "auto",
@@ -110,10 +108,8 @@ def opinions(
         if layer == "auto"
         else layer_number(layer, option="--layer", allowed="a number from 0, or auto")
     )
-    if fixed is None and (max_evaluations is not None or learning_rate is not None):
-        raise ValueError(
-            "--max-evaluations and --learning-rate do not go with --layer auto: give it a number"
-        )
+    if fixed is None and learning_rate is not None:
+        raise ValueError("--learning-rate does not go with --layer auto: give it a number")
     if alpha is not None and learning_rate is not None:
         raise ValueError(
             "--learning-rate is adam's, and --alpha is solved by proximal gradient: leave one out"
@@ -122,13 +118,11 @@ def opinions(
         check_out(out)
     if not math.isfinite(outside_weight):
         raise ValueError(f"--outside-weight is {outside_weight}; give a number from 0 on")
-    steps = OPINION_STEPS if outside_weight else OPINION_STEPS // 2
-    limit = steps if max_evaluations is None else max_evaluations
-    rate = OPINION_LEARNING_RATE if learning_rate is None else learning_rate
     loaded = load(model, backend)
     from tl_laai.batches import FitProblem
     from tl_laai.fitting import fit_many
     from tl_laai.opinions import DEFAULT_OPINION_TEMPLATE
+    from tl_laai.rounds import OPINION_EVALUATIONS, OPINION_TOLERANCE
     from tl_laai.selection import fit_auto
     from tl_laai.surveys import compare_opinions, evaluate_opinions
 
@@ -151,19 +145,24 @@ def opinions(
                 examples,
                 alphas=None if alpha is None else [alpha],
                 n_folds=3,
+                max_evaluations=max_evaluations,
                 provenance=known,
                 progress=lambda _, done, total: progress(done, total),
             ).fit
     else:
         title = f"Fitting layer {layer} on {len(examples)} prompts of {n_train} questions"
+        by_adam: dict[str, Any] = {}
+        if learning_rate is not None:
+            by_adam = {"solver": "adam", "learning_rate": learning_rate}
+        limit = OPINION_EVALUATIONS if max_evaluations is None else max_evaluations
         with display.solver_bar(title, limit) as bar:
             [fitted] = fit_many(
                 loaded,
                 [FitProblem(examples, fixed, None, alpha, provenance=known)],
-                solver="adam" if alpha is None else "proximal",
-                learning_rate=rate,
                 max_evaluations=limit,
+                tolerance=OPINION_TOLERANCE,
                 callback=bar,
+                **by_adam,
             )
     if out is not None:
         fitted.intervention.save_pretrained(out)

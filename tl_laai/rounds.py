@@ -37,6 +37,10 @@ FINALISTS = 3
 # Brief fits rank early layers too high, and neighbours alike: layers closer to a better one than
 # this share of the model (3 of 18) are left out of the final round.
 SEPARATION = 1 / 6
+# A fit to opinions soon stands where all questions are answered alike, nearly stationary, and
+# learns what sets them apart only behind that: so brief fits rank nothing, and Adam takes thrice
+# the steps.
+OPINION_ALPHAS, OPINION_EVALUATIONS, OPINION_TOLERANCE = (0.0,), 60, 1e-6
 DISTILLED_ALPHAS = (0.0,)
 DISTILLED_STEPS = (30, 45, 60)
 # Layer and steps are chosen at the last of these shares of labels.
@@ -44,6 +48,11 @@ DISTILLED_SHARES = (0.0, 0.5)
 DISTILLED_INPUTS = 32  # while choosing
 
 Folds = Sequence[Sequence[int]]  # indices of the examples that are held out together
+
+
+def opinion_layers(n_layers: int) -> tuple[int, ...]:
+    """What opinion fits choose from: a third, a half and two thirds of the way up."""
+    return tuple(sorted({n_layers // 3, n_layers // 2, 2 * n_layers // 3}))
 
 
 def mixed_folds(folds: Folds) -> Folds:

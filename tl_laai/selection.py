@@ -36,12 +36,16 @@ from tl_laai.rounds import (
     CHOOSING_EVALUATIONS,
     DISTILLED_INPUTS,
     DROP_BELOW,
+    OPINION_ALPHAS,
+    OPINION_EVALUATIONS,
+    OPINION_TOLERANCE,
     PENALISED_EVALUATIONS,
     SCREENING_EVALUATIONS,
     SCREENING_FOLDS,
     Rounds,
     check_choice,
     mixed_folds,
+    opinion_layers,
 )
 from tl_laai.splits import cross_validation_folds, integer
 from tl_laai.tasks import Example, check_examples, same_input_key
@@ -120,6 +124,7 @@ def fit_auto(
     position: Position = "prompt_end",
     template: PromptTemplate = DEFAULT_TEMPLATE,
     max_evaluations: SupportsIndex | None = None,
+    tolerance: SupportsFloat | None = None,
     learning_rate: float = LEARNING_RATE,
     drop_below: float = DROP_BELOW,
     max_memory: float = 1.0,
@@ -127,6 +132,9 @@ def fit_auto(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Selection:
     """Fit with layer, penalty and stopping chosen by k-fold cross-validation.
+
+    Of opinion questions, unless told otherwise or heads are counted, one of three layers is
+    chosen, without a penalty, by fits of 60 evaluations to a tolerance of 1e-6.
 
     Example:
         >>> chosen = fit_auto(model, split.train)  # doctest: +SKIP
@@ -163,6 +171,7 @@ def fit_auto(
         max_evaluations: of each penalised fit, on a fold as on all examples, and at most 12 while
             layers are screened; None for 40, and for 15 where it only chooses the entries of a
             relaxed one.
+        tolerance: of the stationarity of penalised fits; None for 1e-3.
         learning_rate: of the relaxed fits.
         drop_below: of fits on labels, those whose held-out answers have lower odds than this share
             of the best ones' are not followed to more steps; 0 follows all, and takes longer.
@@ -182,6 +191,13 @@ def fit_auto(
     check_examples("examples", examples)
     n_layers = backend_of(model).n_layers
     labels = _labels(examples) if groups is None else list(groups)
+    if max_heads is None and all(isinstance(example, OptionExample) for example in examples):
+        layers = opinion_layers(n_layers) if layers is None else layers
+        if relax_steps is None:
+            relax_steps = ()
+            alphas = OPINION_ALPHAS if alphas is None else alphas
+            max_evaluations = OPINION_EVALUATIONS if max_evaluations is None else max_evaluations
+            tolerance = OPINION_TOLERANCE if tolerance is None else tolerance
     # All of these come to stand in the provenance, which is JSON and is written last.
     numbers = range(n_layers) if layers is None else [integer("layers", n) for n in layers]
     candidates = list(dict.fromkeys(numbers))
@@ -210,8 +226,9 @@ def fit_auto(
         max_evaluations = CHOOSING_EVALUATIONS if tried.steps else PENALISED_EVALUATIONS
     limit = integer("max_evaluations", max_evaluations)
     search = CrossValidation(
-        model, examples, folds, l1_ratio, limit, learning_rate, position, template,
-        max_memory, progress, taught, DISTILLED_INPUTS, float(drop_below),
+        model, examples, folds, l1_ratio, limit, 1e-3 if tolerance is None else float(tolerance),
+        learning_rate, position, template, max_memory, progress, taught, DISTILLED_INPUTS,
+        float(drop_below),
     )  # fmt: skip
     # Few folds that together hold out every example: the fewer fitted on, the faster.
     parts = cross_validation_folds(labels, SCREENING_FOLDS, seed)
