@@ -97,8 +97,9 @@ def test_a_row_rounds_alike_beside_others_with_longer_prefixes_and_suffixes(
     room = functools.partial(room_for_steps, heads_a_key=g, d_head=d, block=STEP_BLOCK)
     most = room(n_suffix + longer[1])
     draw = functools.partial(torch.randn, dtype=dtype)
-    q, upstream = draw(*beside, most, kv * g, d), draw(*beside, most, kv * g, d)
-    keys, values = draw(*beside, most, kv, d), draw(*beside, most, kv, d)
+    whole = (beside[0], -(-beside[1] // STEP_BLOCK) * STEP_BLOCK)
+    q, upstream = draw(*whole, most, kv * g, d), draw(*whole, most, kv * g, d)
+    keys, values = draw(*whole, most, kv, d), draw(*whole, most, kv, d)
     prefix = draw(2, beside[0], kv, room_for_keys(n_prefix + longer[0]), d)
 
     def row_zero(u: int, r: int, s: int, p: int) -> list[Tensor]:
@@ -119,5 +120,8 @@ def test_a_row_rounds_alike_beside_others_with_longer_prefixes_and_suffixes(
 
     alone = row_zero(1, 1, room(n_suffix), room_for_keys(n_prefix))
     together = row_zero(*beside, most, room_for_keys(n_prefix + longer[0]))
+    if STEP_BLOCK > 1:  # one token a row, and whole blocks of rows
+        alone += row_zero(1, STEP_BLOCK, 1, room_for_keys(n_prefix))
+        together += row_zero(*whole, 1, room_for_keys(n_prefix + longer[0]))
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one, other)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_model
 
+from tl_laai import packing
 from tl_laai.distributions import mean_distribution
 from tl_laai.evaluation import evaluate
 from tl_laai.fitting import fit
@@ -71,9 +72,15 @@ def test_labels_and_teachers_are_mixed_by_their_weights(model: Any) -> None:
 
 
 @pytest.mark.parametrize("position", ["prompt_end", "every_step"])
-def test_option_shares_are_those_of_a_plain_forward(model: Any, position: Any) -> None:
+@pytest.mark.parametrize("block", [1, 8])
+def test_option_shares_are_those_of_a_plain_forward(
+    model: Any, position: Any, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     delta = oracle.random_delta(model)
     engine = engine_for(model, [OPTIONS, OPTIONS[:1]], layers=[1, 0], position=position)
+    monkeypatch.setattr(packing, "STEP_BLOCK", block)
+    _, rows, steps = engine.plans((0, 1))[0].packing.grid
+    assert (rows, steps) == (8, 1) if block == 8 else steps > 1
     losses, gradients = engine.value_and_grad(torch.stack([delta, -delta]), torch.tensor([0, 1]))
     for own, layer, sign, loss, gradient in zip(
         (OPTIONS, OPTIONS[:1]), (1, 0), (1, -1), losses, gradients, strict=True

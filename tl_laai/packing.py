@@ -126,7 +126,10 @@ class Packing:
         line = (torch.cumsum(lines, 0) - lines)[prefix] + rank // width
         backend = prompts.backend
         heads_a_key = backend.n_heads // backend.n_kv_heads
-        steps = room_for_steps(int(lengths.max()), heads_a_key, backend.d_head, STEP_BLOCK)
+        if STEP_BLOCK > 1 and _next_token_only(prompts):  # whole blocks of rows are fewer places
+            steps, width = 1, -(-width // STEP_BLOCK) * STEP_BLOCK
+        else:
+            steps = room_for_steps(int(lengths.max()), heads_a_key, backend.d_head, STEP_BLOCK)
         self.grid = (len(self.used), width, steps)
         self.row_slot = line * width + rank % width
         self.slot = self.row_slot[self.row] * self.grid[2] + self.step
@@ -173,6 +176,11 @@ class Packing:
         lengths = self.prompts.prefix_lengths[self.used]
         at = torch.arange(kept.shape[2], device=lengths.device).expand(len(self.used), -1)
         return torch.where(at < lengths[:, None], at, _NEVER)
+
+
+def _next_token_only(prompts: FrozenPrompts) -> bool:
+    """Whether every suffix is its last prompt token, with no answer behind it: opinions."""
+    return len(prompts.tokens) == len(prompts.examples) and bool((prompts.targets < 0).all())
 
 
 def _line_width(counts: Int[Tensor, " n_prefixes"]) -> int:
