@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -121,3 +122,11 @@ def test_other_malformed_arguments_are_refused() -> None:
         option_orders(TEA, 0)
     with pytest.raises(ValueError, match=r"text must contain \{options\} once"):
         OpinionTemplate(text="{question}")
+
+
+def test_the_first_prompt_of_a_question_bears_the_outside_weight_of_all() -> None:
+    questions = [OpinionQuestion(q, q, ("yes", "no"), (0.3, 0.7)) for q in ("Tea?", "Sea?")]
+    weights = [e.outside_weight for e in option_examples(questions, n_orders=3, outside_weight=0.5)]
+    assert weights == [1.5, 0, 0] * 2
+    with pytest.raises(ValueError, match="outside_weight is nan; give a number from 0 on"):
+        option_examples(questions, outside_weight=math.nan)

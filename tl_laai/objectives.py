@@ -147,9 +147,19 @@ class OptionKL(Objective):
         loss = (torch.xlogy(share, share) - share * log_p.masked_fill(share == 0, 0)).sum(-1)
         if not self._asks_for_an_option:
             return loss
-        # Two terms nearly cancel: in half precision their rounding would be the loss.
-        whole = log_sum_exp_minus(hidden.to(logits), head, torch.zeros_like(hidden).to(logits))
-        return loss + weight.to(logits) * (whole - logits.logsumexp(dim=-1))
+        named = logits.logsumexp(dim=-1)
+        if hidden.device.type == "cpu":  # where it may be read back which tokens those are
+            asked = weight.nonzero().squeeze(-1)
+            outside = _surprisal(hidden[asked], named[asked], head) * weight[asked].to(logits)
+            return loss.index_add(0, asked, outside)
+        return loss + weight.to(logits) * _surprisal(hidden, named, head)
+
+
+def _surprisal(hidden: Tensor, named: Tensor, head: Unembedding) -> Tensor:
+    """`-log p(some option)`, of tokens whose options' logits have the log-sum-exp `named`."""
+    # Two terms nearly cancel: in half precision their rounding would be the loss.
+    wide = hidden.to(named)
+    return log_sum_exp_minus(wide, head, torch.zeros_like(wide)) - named
 
 
 def option_log_probabilities(

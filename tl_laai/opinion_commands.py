@@ -44,7 +44,7 @@ def opinions(
         typer.Option(min=0, help="Group penalty / lambda_max; none unless given."),
     ] = None,
     train: Annotated[int | None, typer.Option(min=1, help="Questions to fit on; 3 of 5.")] = None,
-    orders: Annotated[int, typer.Option(min=1, help="Orders of the options a question.")] = 4,
+    orders: Annotated[int, typer.Option(min=1, help="Orders of the options a question.")] = 8,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Fitted questions few-shot shows.")
     ] = None,

@@ -59,8 +59,7 @@ class OptionExample:
             raise ValueError(
                 f"order is {self.order}; give each of 0 to {len(self.names) - 1} once, or nothing"
             )
-        if not 0 <= self.outside_weight < math.inf:
-            raise ValueError(f"outside_weight is {self.outside_weight}; give a number from 0 on")
+        _check_weight(self.outside_weight)
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def option_orders(
 def option_examples(
     questions: Iterable[OpinionQuestion],
     *,
-    n_orders: int = 4,
+    n_orders: int = 8,
     seed: int = 0,
     template: OpinionTemplate = DEFAULT_OPINION_TEMPLATE,
     demonstrations: Iterable[OpinionQuestion] = (),
@@ -229,11 +228,14 @@ def option_examples(
         seed: Of the orders, the demonstrations' too.
         template: How questions become prompts.
         demonstrations: Answered before every prompt; see `OpinionTemplate.demonstrate`.
-        outside_weight: Of a fit's loss; see `OptionExample`.
+        outside_weight: Of a fit's loss; see `OptionExample`. The first prompt of a question
+            bears it for all: whether a letter is named at all hardly depends on the order, and
+            takes a pass over the vocabulary.
 
     Returns:
         The prompts, those of one question next to each other.
     """
+    _check_weight(outside_weight)
     shown = template.demonstrate(demonstrations, seed=seed)
     return tuple(
         OptionExample(
@@ -242,11 +244,16 @@ def option_examples(
             tuple(question.distribution[i] for i in order),
             order,
             question.id,
-            outside_weight,
+            0.0 if k else n_orders * outside_weight,
         )
         for question in questions
-        for order in option_orders(question, n_orders, seed=seed)
+        for k, order in enumerate(option_orders(question, n_orders, seed=seed))
     )
+
+
+def _check_weight(outside_weight: float) -> None:
+    if not 0 <= outside_weight < math.inf:
+        raise ValueError(f"outside_weight is {outside_weight}; give a number from 0 on")
 
 
 def _check_shares(shares: Sequence[float], *, tolerance: float) -> None:
