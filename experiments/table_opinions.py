@@ -3,9 +3,9 @@
     python experiments/table_opinions.py                # fits, evaluates; resumes
     python experiments/table_opinions.py --from-rows    # print the table only
 
-Split by question: no fit sees a held-out question of its split. Layer, number of evaluations and of
-orders were chosen on other splits (seeds 100 to 104), but questions are shared by splits and
-groups, so most held-out ones had a part in that choice. A fit learns from shares, in eight orders
+Split by question: no fit sees a held-out question of its split. Numbers of evaluations and of
+orders were chosen on other splits (seeds 100 to 104; eight orders after fits in four had been seen
+on seeds 0 and 1), and questions are shared by splits and groups, so most held-out ones had a part in that choice. A fit learns from shares, in eight orders
 of the options (`fitted, letters alone`: without the surprisal of naming no letter); few-shot
 prompts and baselines see the first eight of its questions, each with its most frequent answer;
 `fitted on 8` sees the same eight, with their shares; `few-shot, all 26` shows all; `distilled`
