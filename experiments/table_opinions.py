@@ -5,13 +5,13 @@
 
 Split by question: no fit sees a held-out question of its split. Numbers of evaluations and of
 orders were chosen on other splits (seeds 100 to 104; eight orders after fits in four had been seen
-on seeds 0 and 1), and questions are shared by splits and groups, so most held-out ones had a part in that choice. A fit learns from shares, in eight orders
-of the options (`fitted, letters alone`: without the surprisal of naming no letter); few-shot
-prompts and baselines see the first eight of its questions, each with its most frequent answer;
-`fitted on 8` sees the same eight, with their shares; `few-shot, all 26` shows all; `distilled`
-learns what the few-shot prompt answers to all of its questions. `batteries apart` are splits in
-which questions of one battery (one stem, the same options) stand on one side. Groups are fitted as
-one batch.
+on seeds 0 and 1), and questions are shared by splits and groups, so most held-out ones had a part
+in that choice. A fit learns from shares, in eight orders of the options (`fitted, letters alone`:
+without the surprisal of naming no letter); few-shot prompts and baselines see the first eight of
+its questions, each with its most frequent answer; `fitted on 8` sees the same eight, with their
+shares; `few-shot, all 26` shows all; `distilled` learns what the few-shot prompt answers to all of
+its questions. `batteries apart` are splits in which questions of one battery (one stem, the same
+options) stand on one side. Groups are fitted as one batch.
 """
 
 from __future__ import annotations
